@@ -1,0 +1,165 @@
+"""Hidden states block by block: weights come and go, activations stay.
+
+A *stream* is the hidden states of the whole token set in front of some block: a list of micro-batches [s, b, h]. Streams are
+advanced one block at a time, so a block's weights are read once for all of them and no more than one block is in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_spd.checkpoint.hf import CheckpointReader
+from megatron_spd.comm.all_reduce import all_reduce
+from megatron_spd.errors import UserError
+from megatron_spd.grouping.permute import permute_block
+from megatron_spd.models.build import BlockUnit, ModelShape, layer_state, refer_to
+from megatron_spd.models.weights import shard_block
+from megatron_spd.plan import BlockSchedule, SPDPlan
+from megatron_spd.runtime.distributed import Runtime
+
+BlockWeights = Callable[[int], Mapping[str, Tensor]]
+
+#: Token positions whose logits are computed at a time: large enough for the matrix multiply, small enough for the cache.
+_SCORE_ROWS = 512
+
+_STOCK = BlockSchedule(branches=1)
+
+
+def model_shape(reader: CheckpointReader) -> ModelShape:
+    """The shape of the model that ``reader`` holds."""
+    return ModelShape(reader.family, reader.config, reader.head_dim)
+
+
+def planned_weights(reader: CheckpointReader, plan: SPDPlan) -> BlockWeights:
+    """Block weights of the base model in the plan's permuted order."""
+
+    def weights(block: int) -> Mapping[str, Tensor]:
+        extra = plan.blocks[block]
+        return permute_block(
+            reader.block(block),
+            reader.family,
+            plan.base_model,
+            reader.head_dim,
+            extra.kv_group_order,
+            extra.neuron_order,
+        )
+
+    return weights
+
+
+class BlockStreamer:
+    """Advances streams through single blocks under any schedule, and scores them.
+
+    ``micro_batch``: sequences that are computed at a time. All results are the same on every rank.
+    """
+
+    def __init__(
+        self, reader: CheckpointReader, runtime: Runtime, dtype: torch.dtype, weights: BlockWeights, micro_batch: int = 8
+    ) -> None:
+        self.reader = reader
+        self.runtime = runtime
+        self.dtype = dtype
+        self.weights = weights
+        self.micro_batch = micro_batch
+        self.shape = model_shape(reader)
+        self._units: dict[BlockSchedule, BlockUnit] = {}
+        self._loaded: dict[BlockSchedule, int] = {}
+        self._block: int | None = None
+        self._shard: Mapping[str, Tensor] = {}
+        self._state: dict[str, Tensor] = {}
+        self._head: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.reader.config["num_hidden_layers"])
+
+    def embed(self, tokens: Tensor) -> list[Tensor]:
+        """``tokens`` [n, s] -> the stream in front of block 0."""
+        table = self.reader.get(self.reader.family.embedding)
+        if int(tokens.max()) >= len(table):
+            raise UserError(f"token {int(tokens.max())} is outside the model's vocabulary of {len(table)}")
+        batches = tokens.split(self.micro_batch)
+        return [
+            F.embedding(b, table).transpose(0, 1).to(self.runtime.device, self.dtype).contiguous() for b in batches
+        ]
+
+    def unit(self, block: int, schedule: BlockSchedule | None = None) -> BlockUnit:
+        """A one-block unit (None: the stock tensor-parallel block) that holds block ``block``'s weights."""
+        schedule = schedule or _STOCK
+        if self._block != block:
+            weights = self.weights(block)
+            self._shard = shard_block(weights, self.shape.family, self.runtime.tp_rank, self.runtime.tp_size)
+            self._block, self._state = block, {}
+        if schedule not in self._units:
+            unit = BlockUnit(self.shape, [schedule], self.runtime, self.dtype).eval().requires_grad_(False)
+            self._units[schedule] = unit
+        unit = self._units[schedule]
+        if self._loaded.get(schedule) != block:
+            # All units of a block refer to the same tensors: one block in memory, whatever the number of schedules.
+            missing = [n for n, _ in unit.blocks.layers[0].named_parameters() if n not in self._state]
+            self._state |= layer_state(self._shard, self.shape, self.runtime, self.dtype, missing)
+            refer_to(unit.blocks.layers[0], self._state)
+            self._loaded[schedule] = block
+        return unit
+
+    @torch.no_grad()
+    def advance(self, block: int, stream: Sequence[Tensor]) -> list[Tensor]:
+        """The stream behind ``block`` computed with all points kept."""
+        unit = self.unit(block)
+        return [unit.layer_forward(x, None)[0] for x in stream]
+
+    @torch.no_grad()
+    def advance_pending(
+        self, block: int, schedule: BlockSchedule, stream: Sequence[Tensor], pending: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """X and P behind ``block`` under ``schedule``; P is None where the block ends synced."""
+        unit = self.unit(block, schedule)
+        results = [unit.layer_forward(x, p) for x, p in zip(stream, pending, strict=True)]
+        return [x for x, _ in results], [p for _, p in results]
+
+    @torch.no_grad()
+    def perplexity(self, stream: Sequence[Tensor], tokens: Tensor) -> tuple[float, int]:
+        """Perplexity of ``tokens`` [n, s] given the stream behind the last block, and the number of tokens scored.
+
+        Every sequence is scored on its own from its second token. Positions are shared out over the ranks.
+        Raises UserError if the result is not finite.
+        """
+        totals = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
+        for x, batch in zip(stream, tokens.split(self.micro_batch), strict=True):
+            rows = x[:-1].transpose(0, 1).reshape(-1, x.shape[-1])
+            targets = batch[:, 1:].reshape(-1).to(rows.device)
+            mine = slice(*(len(rows) * (self.runtime.tp_rank + k) // self.runtime.tp_size for k in (0, 1)))
+            totals[0] += self._negative_log_likelihood(rows[mine], targets[mine])
+            totals[1] += len(rows[mine])
+        nll, count = all_reduce(totals, self.runtime.tp_group).tolist()
+        if not math.isfinite(nll):
+            raise UserError(
+                "the perplexity is not finite: the model's activations overflow or hold NaN on this text; "
+                "check the checkpoint, or use --dtype fp32"
+            )
+        return math.exp(nll / count), int(count)
+
+    def _negative_log_likelihood(self, rows: Tensor, targets: Tensor) -> Tensor:
+        """Sum over ``rows`` [t, h] of -log p(targets [t]), float64 scalar."""
+        norm, table = self._output_layer()
+        rows = F.rms_norm(rows, norm.shape, norm, self.reader.config["rms_norm_eps"])
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        for part, wanted in zip(rows.split(_SCORE_ROWS), targets.split(_SCORE_ROWS), strict=True):
+            total += F.cross_entropy((part @ table.T).float(), wanted, reduction="sum").double()
+        return total
+
+    def _output_layer(self) -> tuple[Tensor, Tensor]:
+        if self._head is None:
+            family = self.reader.family
+            name = family.embedding if self.reader.tied else family.output_layer
+            norm, table = self.reader.get(family.final_norm), self.reader.get(name)
+            self._head = (
+                norm.to(self.runtime.device, self.dtype),
+                table.to(self.runtime.device, self.dtype),
+            )
+        return self._head

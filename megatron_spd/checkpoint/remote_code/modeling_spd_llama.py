@@ -1,0 +1,185 @@
+"""Llama with dropped tensor-parallel sync points (Sync-Point Drop, "SPD"), all G branches on one device.
+
+This file is shipped inside exported model folders: it needs torch and transformers and nothing else.
+
+The rule. The state between sublayers is X, the synced residual, and P_g, branch g's pending partial sum. For each sublayer
+(attention or MLP) with output bias b and optional shift c_g:
+
+    z_g = norm(X + P_g + c_g);   P_g += sublayer_g(z_g);   X += b
+    if the sync point after it is kept:   X += sum over g of P_g;   P_g = 0
+
+Branch g holds the g-th of G equal contiguous parts of the key/value groups (with their query heads) and of the MLP neurons.
+With every point kept this is the dense Llama, and blocks in which nothing is dropped, pending or shifted are transformers'
+own. The others reuse its attention and MLP (RoPE, cache, attention kernels) and change only their projections, which take
+and give tensors whose last axis holds the branches one after the other, [b, s, G * h].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaRMSNorm,
+)
+
+from .configuration_spd_llama import SPDLlamaConfig
+
+
+class BranchInputLinear(nn.Linear):
+    """A projection whose output rows are split over branches (q, k, v, gate, up).
+
+    [b, s, in], the same input for all branches, or [b, s, G * in], one for each -> [b, s, out].
+    """
+
+    def __init__(self, like: nn.Linear, branches: int) -> None:
+        super().__init__(like.in_features, like.out_features, bias=like.bias is not None)
+        self.branches = branches
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] == self.in_features:
+            return super().forward(x)
+        x = x.unflatten(-1, (self.branches, self.in_features))
+        weight = self.weight.unflatten(0, (self.branches, -1))
+        out = torch.einsum("bsgi,goi->bsgo", x, weight).flatten(-2)
+        return out if self.bias is None else out + self.bias
+
+
+class BranchOutputLinear(nn.Linear):
+    """A projection whose input columns are split over branches (o_proj, down_proj), without its bias, which belongs to X.
+
+    [b, s, in] -> [b, s, out], the sum over branches; if ``partial`` [b, s, G * out], each branch's own part.
+    """
+
+    def __init__(self, like: nn.Linear, branches: int, partial: bool) -> None:
+        super().__init__(like.in_features, like.out_features, bias=like.bias is not None)
+        self.branches = branches
+        self.partial = partial
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.partial:
+            return nn.functional.linear(x, self.weight)
+        x = x.unflatten(-1, (self.branches, -1))
+        weight = self.weight.unflatten(1, (self.branches, -1))
+        return torch.einsum("bsgi,ogi->bsgo", x, weight).flatten(-2)
+
+
+class SPDLlamaAttention(LlamaAttention):
+    """transformers' attention over all heads, with projections by branch."""
+
+    def __init__(self, config: SPDLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(self, name, BranchInputLinear(getattr(self, name), config.branches))
+        self.o_proj = BranchOutputLinear(self.o_proj, config.branches, config.is_dropped(2 * layer_idx))
+        if config.has_shift(layer_idx, "attention"):
+            self.spd_shift = nn.Parameter(torch.zeros(config.branches, config.hidden_size))
+
+
+class SPDLlamaMLP(LlamaMLP):
+    """transformers' MLP over all neurons, with projections by branch."""
+
+    def __init__(self, config: SPDLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config)
+        for name in ("gate_proj", "up_proj"):
+            setattr(self, name, BranchInputLinear(getattr(self, name), config.branches))
+        self.down_proj = BranchOutputLinear(
+            self.down_proj, config.branches, config.is_dropped(2 * layer_idx + 1)
+        )
+        if config.has_shift(layer_idx, "mlp"):
+            self.spd_shift = nn.Parameter(torch.zeros(config.branches, config.hidden_size))
+
+
+class SPDLlamaDecoderLayer(LlamaDecoderLayer):
+    """One block under the rule.
+
+    Between blocks joined by a dropped MLP point X and all P_g travel as one tensor [b, s, (1 + G) * h], so that
+    transformers' loop over layers, gradient checkpointing and device placement work as they are.
+    """
+
+    def __init__(self, config: SPDLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.self_attn = SPDLlamaAttention(config, layer_idx)
+        self.mlp = SPDLlamaMLP(config, layer_idx)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        x, pending = split_state(hidden_states, self.hidden_size)
+        z = branch_input(x, pending, getattr(self.self_attn, "spd_shift", None), self.input_layernorm)
+        out, _ = self.self_attn(hidden_states=z, **kwargs)
+        x, pending = add_output(x, pending, out, self.self_attn.o_proj)
+
+        z = branch_input(x, pending, getattr(self.mlp, "spd_shift", None), self.post_attention_layernorm)
+        x, pending = add_output(x, pending, self.mlp(z), self.mlp.down_proj)
+        return x if pending is None else torch.cat([x, pending], -1)
+
+
+def split_state(state: Tensor, hidden_size: int) -> tuple[Tensor, Tensor | None]:
+    """X [b, s, h] and, if anything is pending, P [b, s, G * h]."""
+    if state.shape[-1] == hidden_size:
+        return state, None
+    return state[..., :hidden_size], state[..., hidden_size:]
+
+
+def branch_input(x: Tensor, pending: Tensor | None, shift: Tensor | None, norm: LlamaRMSNorm) -> Tensor:
+    """norm(X + P_g + c_g): [b, s, h] where all branches see the same, else [b, s, G * h]."""
+    if pending is None and shift is None:
+        return norm(x)
+    z = x.unsqueeze(-2)
+    if pending is not None:
+        z = z + pending.unflatten(-1, (-1, x.shape[-1]))
+    if shift is not None:
+        z = z + shift
+    return norm(z).flatten(-2)
+
+
+def add_output(
+    x: Tensor, pending: Tensor | None, out: Tensor, projection: BranchOutputLinear
+) -> tuple[Tensor, Tensor | None]:
+    """X and P after a sublayer whose output projection gave ``out``: the second half of the rule."""
+    if projection.bias is not None:
+        x = x + projection.bias
+    if projection.partial:
+        return x, out if pending is None else pending + out
+    x = x + out
+    return (x if pending is None else x + sum_branches(pending, x.shape[-1])), None
+
+
+def sum_branches(pending: Tensor, hidden_size: int) -> Tensor:
+    """[b, s, G * h] -> [b, s, h]."""
+    return pending.unflatten(-1, (-1, hidden_size)).sum(-2)
+
+
+def _sync_recorded_states(model: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook: where ``output_hidden_states`` recorded X and P, give X + sum over g of P_g, as if synced there."""
+    recorded = getattr(output, "hidden_states", None)
+    if recorded is not None:
+        h = model.config.hidden_size
+        states = (None if state is None else split_state(state, h) for state in recorded)
+        output.hidden_states = tuple(
+            s if s is None else s[0] if s[1] is None else s[0] + sum_branches(s[1], h) for s in states
+        )
+
+
+class SPDLlamaForCausalLM(LlamaForCausalLM):
+    """LlamaForCausalLM whose blocks follow ``config.spd_plan``."""
+
+    config_class = SPDLlamaConfig
+    # Tensor parallelism by transformers' own rules would compute the dense formula.
+    _tp_plan = None
+
+    def __init__(self, config: SPDLlamaConfig) -> None:
+        super().__init__(config)
+        for i in range(config.num_hidden_layers):
+            dropped = any(config.is_dropped(point) for point in (2 * i - 1, 2 * i, 2 * i + 1))
+            if dropped or config.has_shift(i, "attention") or config.has_shift(i, "mlp"):
+                self.model.layers[i] = SPDLlamaDecoderLayer(config, i)
+        self.model.register_forward_hook(_sync_recorded_states)
+        self.post_init()
+
+
+__all__ = ["SPDLlamaForCausalLM"]

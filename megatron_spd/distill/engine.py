@@ -1,0 +1,128 @@
+"""The DeepSpeed engine around a student: its configuration, and its view of the tensor-parallel groups."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import nn
+
+from megatron_spd.errors import UserError
+from megatron_spd.runtime.cpu import without_compiled_collectives
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the recipe asks of DeepSpeed. ``config_file``: a ds_config.json; what it sets wins, what it lacks or calls "auto" comes
+    from the other fields."""
+
+    learning_rate: float
+    micro_batch_size: int
+    gradient_accumulation: int
+    gradient_clipping: float
+    weight_decay: float
+    warmup_ratio: float
+    zero_stage: int
+    dtype: str
+    config_file: str | None = None
+
+
+def deepspeed_config(settings: EngineSettings, steps: int) -> dict[str, Any]:
+    """The whole DeepSpeed configuration for a unit of ``steps`` optimizer steps.
+
+    Raises UserError for a file that is missing or no JSON, for an unknown ZeRO stage, and for bf16 without ZeRO (DeepSpeed then keeps
+    no float32 weights).
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "gradient_clipping": settings.gradient_clipping,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": settings.learning_rate,
+                "betas": [0.9, 0.95],
+                "eps": 1e-8,
+                "weight_decay": settings.weight_decay,
+                "torch_adam": not torch.cuda.is_available(),
+            },
+        },
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {
+                "total_num_steps": steps,
+                "warmup_num_steps": max(2, round(settings.warmup_ratio * steps)),
+                "warmup_min_ratio": 0.1,
+                "cos_min_ratio": 0.05,
+            },
+        },
+        "zero_optimization": {"stage": settings.zero_stage},
+        "bf16": {"enabled": settings.dtype == "bf16"},
+        "steps_per_print": 10**9,
+    }
+    config = _overlay(config, _read(settings.config_file))
+    stage, bf16 = config["zero_optimization"].get("stage", 0), config["bf16"].get("enabled")
+    if stage not in (0, 1, 2):
+        raise UserError(f"ZeRO stage {stage} was asked for; block-to-block distillation runs with stage 0, 1 or 2")
+    if bf16 and stage == 0:
+        raise UserError("bf16 with ZeRO stage 0 was asked for; use --zero-stage 1 or 2 with bf16, or --dtype fp32")
+    if bool(bf16) != (settings.dtype == "bf16"):
+        raise UserError(f"the DeepSpeed config has bf16 enabled = {bf16}, but --dtype is {settings.dtype}; make them agree")
+    return config
+
+
+def _read(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no DeepSpeed config at {path}; launch/ds_config/ has examples") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"the DeepSpeed config {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"the DeepSpeed config {path} holds a {type(config).__name__}; an object was expected")
+    return config
+
+
+def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merged[key] = _overlay(base[key], value)
+        elif value != "auto":
+            merged[key] = value
+    return merged
+
+
+def model_parallel_unit() -> SimpleNamespace:
+    """What DeepSpeed calls ``mpu``: how it learns which ranks share a model, for gradient norms and data-parallel averages."""
+    names = [name for name in dir(parallel_state) if name.startswith("get_")]
+    mpu = SimpleNamespace(**{name: getattr(parallel_state, name) for name in names})
+    mpu.get_model_parallel_rank = parallel_state.get_tensor_model_parallel_rank
+    mpu.get_model_parallel_world_size = parallel_state.get_tensor_model_parallel_world_size
+    mpu.get_model_parallel_group = parallel_state.get_tensor_model_parallel_group
+    return mpu
+
+
+def make_engine(student: nn.Module, config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine that trains every parameter of ``student`` that requires a gradient."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    without_compiled_collectives()
+    logger.setLevel("WARNING")
+    trainable = [p for p in student.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=student,
+        model_parameters=trainable,
+        config=config,
+        mpu=model_parallel_unit(),
+        dist_init_required=False,
+    )
+    return engine

@@ -1,0 +1,31 @@
+"""Perplexity of a model under a plan, one block in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megatron_spd.calibration.stream import BlockStreamer
+from megatron_spd.plan import SPDPlan
+from megatron_spd.progress import progress_bar
+
+
+def plan_perplexity(
+    streamer: BlockStreamer, plan: SPDPlan, tokens: Tensor, what: str = "perplexity"
+) -> tuple[float, int]:
+    """Perplexity of ``tokens`` [n, s] under ``plan`` with the weights that ``streamer`` walks, and the tokens scored.
+
+    Every sequence stands alone and is scored from its second token.
+    """
+    x: Sequence[Tensor] = streamer.embed(tokens)
+    pending: Sequence[Tensor | None] = [None] * len(x)
+    with progress_bar(streamer.runtime, what, plan.num_layers, "block") as bar:
+        for block in range(plan.num_layers):
+            schedule = plan.block_schedule(block)
+            if schedule.is_stock:
+                x = streamer.advance(block, x)
+            else:
+                x, pending = streamer.advance_pending(block, schedule, x, pending)
+            bar.update()
+    return streamer.perplexity(x, tokens)

@@ -1,0 +1,160 @@
+"""The sync-point rule (method section 9) as a Megatron-core transformer layer.
+
+State between sublayers: the synced residual X [s, b, h] and, while points are dropped, the pending sums of the rank's
+B = G / M branches, P [B, s, b, h]. For a sublayer with output bias b and optional shift c_g:
+
+    z_g = norm(X + P_g + c_g);   P_g += sublayer_g(z_g);   X += b
+    if the sync point after it is kept:   X += all_reduce(sum_g P_g);   P = 0
+
+P travels from layer to layer as the ``context`` that Megatron-core's TransformerBlock hands on (it is not otherwise used by
+decoder-only models), so it survives activation recomputation.
+
+Between layers inside a segment the gradient of ``hidden_states`` is a partial sum over ranks (see ``comm/autograd.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from megatron_spd.comm.autograd import enter_segment, leave_segment, share_parameters
+from megatron_spd.plan import BlockSchedule
+
+#: Keyword arguments of the layer that belong to its self attention.
+_ATTENTION_ARGUMENTS = (
+    "inference_context",
+    "rotary_pos_cos",
+    "rotary_pos_sin",
+    "rotary_pos_cos_sin",
+    "attention_bias",
+    "packed_seq_params",
+    "sequence_len_offset",
+)
+
+
+class SPDTransformerLayer(TransformerLayer):
+    """One block under ``schedule``. Its submodules must be those that ``spec.py`` makes: linears that return partial
+    sums. Parameters beside those of the stock layer: ``attention_shift`` and ``mlp_shift``, [B, h], branch-local."""
+
+    def __init__(self, *args: Any, schedule: BlockSchedule, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.schedule = schedule
+        branches = schedule.branches // self.tp_group.size()
+        self.attention_shift = self._make_shift(schedule.attention_shift, branches)
+        self.mlp_shift = self._make_shift(schedule.mlp_shift, branches)
+
+    def _make_shift(self, wanted: bool, branches: int) -> nn.Parameter | None:
+        if not wanted:
+            return None
+        like = self.mlp.linear_fc2.weight
+        shift = nn.Parameter(like.new_zeros(branches, self.config.hidden_size))
+        set_tensor_model_parallel_attributes(shift, True, 0, 1)
+        return shift
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``hidden_states`` X [s, b, h] and ``context`` P [B, s, b, h] (None right after a sync) -> the same two."""
+        attention_kwargs = {k: kwargs[k] for k in _ATTENTION_ARGUMENTS if k in kwargs}
+        shared = self._shared_parameters()
+
+        def attention(z: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self.self_attention(
+                z, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb, **attention_kwargs
+            )
+
+        x, pending = self._sublayer(
+            attention, "input_layernorm", self.attention_shift, self.schedule.drop_attention, shared, hidden_states, context
+        )
+        return self._sublayer(
+            self.mlp, "pre_mlp_layernorm", self.mlp_shift, self.schedule.drop_mlp, shared, x, pending
+        )
+
+    def _shared_parameters(self) -> dict[str, Tensor]:
+        """Replicated parameters that every rank uses in another function, by name, ready for such use."""
+        named = {
+            f"{norm}.{name}": p
+            for norm in ("input_layernorm", "pre_mlp_layernorm")
+            for name, p in getattr(self, norm).named_parameters()
+        }
+        if self.schedule.drop_attention and self.self_attention.linear_proj.bias is not None:
+            named["input_layernorm/output_bias"] = self.self_attention.linear_proj.bias
+        if self.schedule.drop_mlp and self.mlp.linear_fc2.bias is not None:
+            named["pre_mlp_layernorm/output_bias"] = self.mlp.linear_fc2.bias
+        return dict(zip(named, share_parameters(list(named.values()), self.tp_group), strict=True))
+
+    def _sublayer(
+        self,
+        sublayer: Any,
+        norm: str,
+        shift: Tensor | None,
+        drop: bool,
+        shared: dict[str, Tensor],
+        x: Tensor,
+        pending: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step of the rule: X [s, b, h], P [B, s, b, h] or None -> the same two."""
+        if pending is None:
+            x = enter_segment(x, self.tp_group)
+        branch_input = x.unsqueeze(0) if pending is None else x + pending
+        if shift is not None:
+            branch_input = branch_input + shift[:, None, None, :]
+        output, bias = sublayer(self._norm(norm, shared, branch_input))
+        if drop and bias is not None:
+            bias = shared[f"{norm}/output_bias"]
+        output, bias = self._dropout(output, bias)
+        if drop:
+            x = x if bias is None else x + bias
+            return x, output if pending is None else pending + output
+        total = output[0]
+        if pending is not None:
+            total = total + (pending[0] if pending.shape[0] == 1 else pending.sum(0))
+        x = leave_segment(x, total, self.tp_group)
+        return x if bias is None else x + bias, None
+
+    def _norm(self, norm: str, shared: dict[str, Tensor], x: Tensor) -> Tensor:
+        module = getattr(self, norm)
+        own = dict(module.named_parameters())
+        parameters = {name: shared[f"{norm}.{name}"] for name in own}
+        if all(parameters[name] is own[name] for name in own):
+            return module(x)
+        return torch.func.functional_call(module, parameters, (x,))
+
+    def _dropout(self, output: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Hidden dropout: one mask [s, b, h] per sync point, the same on all ranks and branches and for the bias, so that
+        dropping the point changes where the output is summed and not what is dropped out of it."""
+        if not self.training or self.hidden_dropout == 0.0:
+            return output, bias
+        mask = F.dropout(torch.ones_like(output[0]), self.hidden_dropout)
+        return output * mask, None if bias is None else bias * mask
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As the stock layer's, with the shifts sharded over their branch axis."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        shifts = {name: p for name, p in self.named_parameters(recurse=False) if name.endswith("_shift")}
+        if shifts:
+            sharded.update(
+                make_sharded_tensors_for_checkpoint(
+                    shifts,
+                    prefix,
+                    dict.fromkeys(shifts, 0),
+                    sharded_offsets,
+                    tp_group=self.tp_group,
+                    dp_cp_group=(metadata or {}).get("dp_cp_group"),
+                )
+            )
+        return sharded

@@ -1,0 +1,89 @@
+"""The layer spec: ``GPTModel(config, get_gpt_layer_spd_spec(config, plan), ...)`` is an SPD model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_spd.errors import UserError
+from megatron_spd.layers.block import SPDTransformerLayer
+from megatron_spd.layers.linear import BranchColumnParallelLinear, PartialRowParallelLinear
+from megatron_spd.plan import BlockSchedule, SPDPlan
+
+
+def get_gpt_layer_spd_spec(config: TransformerConfig, plan: SPDPlan) -> TransformerBlockSubmodules:
+    """One layer spec per block of ``plan``: the stock spec where nothing is dropped or pending, the SPD layer elsewhere.
+
+    ``config.tensor_model_parallel_size`` is M; each rank computes G / M branches. Raises UserError for an M that does
+    not divide G, and for Megatron-core settings under which the rule is not implemented.
+    """
+    schedules = [plan.block_schedule(i) for i in range(plan.num_layers)]
+    plan.check_ranks(config.tensor_model_parallel_size)
+    if config.num_layers != plan.num_layers:
+        raise UserError(f"the config has num_layers = {config.num_layers}, the plan is for {plan.num_layers} blocks")
+    return block_submodules(config, schedules)
+
+
+def block_submodules(config: TransformerConfig, schedules: list[BlockSchedule]) -> TransformerBlockSubmodules:
+    """Specs for a run of blocks, one per schedule (a whole model, or the unit that is being distilled)."""
+    _check_config(config)
+    stock = _stock_spec(config)
+    return TransformerBlockSubmodules(
+        layer_specs=[stock if s.is_stock else _spd_spec(config, stock, s) for s in schedules],
+        layer_norm=stock.submodules.input_layernorm,
+    )
+
+
+def _check_config(config: TransformerConfig) -> None:
+    recompute = config.recompute_modules if config.recompute_granularity == "selective" else []
+    unsupported = {
+        "sequence_parallel": config.sequence_parallel,
+        "pipeline_model_parallel_size > 1": config.pipeline_model_parallel_size > 1,
+        "context_parallel_size > 1": config.context_parallel_size > 1,
+        "num_moe_experts": config.num_moe_experts is not None,
+        "multi_latent_attention": config.multi_latent_attention,
+        "fp32_residual_connection": config.fp32_residual_connection,
+        "recompute_modules other than core_attn": bool(set(recompute or []) - {"core_attn"}),
+    }
+    for name, given in unsupported.items():
+        if given:
+            raise UserError(f"the SPD layer does not support Megatron-core's {name}; switch it off in the config")
+
+
+def _stock_spec(config: TransformerConfig) -> ModuleSpec:
+    return get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+
+
+def _spd_spec(config: TransformerConfig, stock: ModuleSpec, schedule: BlockSchedule) -> ModuleSpec:
+    branches = schedule.branches // config.tensor_model_parallel_size
+
+    def column() -> ModuleSpec:
+        return ModuleSpec(BranchColumnParallelLinear, params={"local_branches": branches})
+
+    def row(per_branch: bool) -> ModuleSpec:
+        return ModuleSpec(
+            PartialRowParallelLinear, params={"local_branches": branches, "per_branch": per_branch}
+        )
+
+    layer, attention, mlp = stock.submodules, stock.submodules.self_attention, stock.submodules.mlp
+    attention = dataclasses.replace(
+        attention,
+        submodules=dataclasses.replace(
+            attention.submodules, linear_qkv=column(), linear_proj=row(schedule.drop_attention)
+        ),
+    )
+    mlp = dataclasses.replace(
+        mlp,
+        submodules=dataclasses.replace(
+            mlp.submodules, linear_fc1=column(), linear_fc2=row(schedule.drop_mlp)
+        ),
+    )
+    return ModuleSpec(
+        module=SPDTransformerLayer,
+        params={"schedule": schedule},
+        submodules=dataclasses.replace(layer, self_attention=attention, mlp=mlp),
+    )

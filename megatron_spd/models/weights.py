@@ -1,0 +1,96 @@
+"""Block weights between Hugging Face names (full tensors) and Megatron-core parameters (one rank's shard).
+
+Everything follows from a family's tables: rank ``m`` of ``M`` holds the ``m``-th of ``M`` equal contiguous parts of every split
+axis, so branch ``g`` of ``G`` lies on rank ``g * M // G``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_spd.models.family import MegatronTensor, ModelFamily
+
+Weights = Mapping[str, Tensor]
+
+
+def shard_block(weights: Weights, family: ModelFamily, rank: int, ranks: int) -> dict[str, Tensor]:
+    """The part of a block's Hugging Face tensors that ``rank`` of ``ranks`` holds (views where possible)."""
+    shard = {}
+    for name, tensor in weights.items():
+        dim = family.tensor(name).dim
+        shard[name] = tensor if dim is None else tensor.chunk(ranks, dim)[rank]
+    return shard
+
+
+def unshard_block(shards: list[dict[str, Tensor]], family: ModelFamily) -> dict[str, Tensor]:
+    """The inverse of :func:`shard_block`: full tensors from the shards of all ranks in rank order."""
+    full = {}
+    for name, first in shards[0].items():
+        dim = family.tensor(name).dim
+        full[name] = first if dim is None else torch.cat([s[name] for s in shards], dim).contiguous()
+    return full
+
+
+def to_megatron(shard: Weights, family: ModelFamily, kv_groups: int, wanted: Iterable[str]) -> dict[str, Tensor]:
+    """Megatron-core parameters of one transformer layer from a rank's Hugging Face shard.
+
+    ``kv_groups``: key/value groups on this rank. ``wanted``: the layer's parameter names. A bias that the checkpoint does not
+    have is zero. Raises KeyError if a tensor that is not a bias is missing.
+    """
+    wanted = set(wanted)
+    state = {
+        name: shard[source]
+        for name, source in (("attention_shift", family.attention_shift), ("mlp_shift", family.mlp_shift))
+        if name in wanted
+    }
+    for entry in family.megatron_tensors:
+        if entry.name in wanted:
+            parts = [_part(shard, source) for source in entry.sources]
+            state[entry.name] = _merge(parts, entry, kv_groups)
+    return state
+
+
+def from_megatron(
+    state: Weights, family: ModelFamily, kv_groups: int, head_dim: int, wanted: Iterable[str]
+) -> dict[str, Tensor]:
+    """The inverse of :func:`to_megatron`; ``wanted``: the Hugging Face names that the checkpoint has."""
+    wanted = set(wanted)
+    shard = {
+        source: state[name]
+        for name, source in (("attention_shift", family.attention_shift), ("mlp_shift", family.mlp_shift))
+        if name in state
+    }
+    for entry in family.megatron_tensors:
+        if wanted.intersection(entry.sources):
+            parts = _split(state[entry.name], entry, kv_groups, head_dim)
+            shard |= {s: p for s, p in zip(entry.sources, parts, strict=True) if s in wanted}
+    return shard
+
+
+def _part(shard: Weights, source: str) -> Tensor:
+    if source in shard or not source.endswith(".bias"):
+        return shard[source]
+    weight = shard[source.removesuffix("bias") + "weight"]
+    return weight.new_zeros(weight.shape[0])
+
+
+def _merge(parts: list[Tensor], entry: MegatronTensor, kv_groups: int) -> Tensor:
+    if entry.layout == "copy":
+        return parts[0]
+    if entry.layout == "stack":
+        return torch.cat(parts)
+    grouped = [p.reshape(kv_groups, -1, *p.shape[1:]) for p in parts]
+    return torch.cat(grouped, 1).flatten(0, 1)
+
+
+def _split(tensor: Tensor, entry: MegatronTensor, kv_groups: int, head_dim: int) -> list[Tensor]:
+    if entry.layout == "copy":
+        return [tensor]
+    if entry.layout == "stack":
+        return list(tensor.chunk(len(entry.sources)))
+    grouped = tensor.reshape(kv_groups, -1, *tensor.shape[1:])
+    sizes = [grouped.shape[1] - 2 * head_dim, head_dim, head_dim]
+    return [part.flatten(0, 1) for part in grouped.split(sizes, 1)]

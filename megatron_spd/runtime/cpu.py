@@ -1,0 +1,68 @@
+"""What Megatron-core expects of CUDA, supplied on a machine that has none.
+
+The only place that replaces functions of other packages, called by ``runtime.distributed.initialize`` and only where no CUDA
+device exists. On a GPU machine nothing here runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+
+
+class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
+    """Megatron-core's tracker of named random states over the CPU generator."""
+
+    def add(self, name: str, seed: int) -> None:
+        """Track a state under ``name``, started from ``seed``."""
+        self._is_initialized = True
+        if name in self.states_:
+            raise ValueError(f"random state {name!r} is already tracked")
+        self.seeds_.add(seed)
+        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+        """Draw from the tracked state ``name`` inside the context."""
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outer)
+
+
+def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(new_state)
+
+
+def prepare_cpu_runtime() -> None:
+    """Make Megatron-core's device calls answer for the CPU. Does nothing where CUDA is available; may be called twice."""
+    if torch.cuda.is_available():
+        return
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    megatron_random._get_cuda_rng_state = _get_rng_state
+    megatron_random._set_cuda_rng_state = _set_rng_state
+    if not isinstance(megatron_random._CUDA_RNG_STATE_TRACKER, CpuRNGStatesTracker):
+        megatron_random._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
+        megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def without_compiled_collectives() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce at start-up (half a minute, and a compiler, for a collective that
+    distillation does not use). Does nothing where CUDA is available."""
+    if torch.cuda.is_available():
+        return
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

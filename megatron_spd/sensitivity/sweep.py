@@ -1,0 +1,154 @@
+"""What dropping sync points costs: Algorithm 1 of the SPD paper (section 4), and every sync point alone.
+
+All candidates share the original hidden states up to their first dropped point, so each is a stream that starts there. The
+sweep walks the blocks once, first to last, and advances all streams that have started: a block's weights are read once, and a
+candidate costs only the blocks behind its start.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_spd.calibration.stream import BlockStreamer
+from megatron_spd.plan import BlockSchedule
+from megatron_spd.progress import progress_bar
+from megatron_spd.sensitivity.tiers import droppable_points
+
+Method = Literal["algorithm1", "single", "both"]
+Which = Literal["attention", "mlp", "any"]
+
+#: Seconds between two saves of an unfinished sweep.
+_SAVE_EVERY = 120.0
+
+_Stream = tuple[list[Tensor], list[Tensor | None]]
+
+
+@dataclass
+class _State:
+    """Streams in front of block ``block``: the original one, Algorithm 1's by start block, single points' by point."""
+
+    block: int
+    plain: list[Tensor]
+    algorithm1: dict[int, list[Tensor]]
+    single: dict[int, _Stream]
+
+
+def sweep(
+    streamer: BlockStreamer,
+    tokens: Tensor,
+    branches: int,
+    method: Method = "both",
+    which: Which = "any",
+    unfinished: Path | None = None,
+) -> dict[str, Any]:
+    """Measure the perplexity of ``tokens`` [n, s] under each candidate drop.
+
+    ``algorithm1``: attention points of blocks i..L-1 dropped, for every i. ``single``: one point of ``which`` dropped. The weights are
+    those that ``streamer`` walks (grouped ones if it permutes). ``unfinished``: where to save the streams now and then, so that a
+    killed sweep goes on from there; the file is removed at the end.
+
+    Returns a JSON-able dict: ``plain_perplexity``, ``algorithm1`` and ``single`` lists with ``perplexity`` and ``sensitivity`` (increase
+    of perplexity: against one block fewer for Algorithm 1, against the plain model for a single point).
+    """
+    num_layers = streamer.num_layers
+    points = set(droppable_points(num_layers, which)) if method in ("single", "both") else set()
+    starts = set(range(num_layers)) if method in ("algorithm1", "both") else set()
+    state = _resume(streamer, unfinished) or _State(0, streamer.embed(tokens), {}, {})
+    saved = time.monotonic()
+    with progress_bar(streamer.runtime, "sensitivity", _steps(num_layers, starts, points), "step") as bar:
+        bar.update(_steps(state.block, starts, points))
+        while state.block < num_layers:
+            _advance(streamer, state, branches, starts, points)
+            bar.update(_steps(state.block, starts, points) - bar.n if not bar.disable else 0)
+            if unfinished is not None and time.monotonic() - saved > _SAVE_EVERY:
+                _save(streamer, state, unfinished)
+                saved = time.monotonic()
+        result = _score(streamer, state, tokens, bar)
+    result |= {"branches": branches, "method": method, "sync_points": which, "sequences": len(tokens)}
+    result["seq_length"] = tokens.shape[1]
+    if unfinished is not None and streamer.runtime.is_main:
+        unfinished.unlink(missing_ok=True)
+    return result
+
+
+def _steps(blocks: int, starts: set[int], points: set[int]) -> int:
+    """Block passes needed up to block ``blocks``: the unit of the progress bar."""
+    first_blocks = [*starts, *(p // 2 for p in points)]
+    return blocks + sum(max(0, blocks - b) for b in first_blocks)
+
+
+def _advance(
+    streamer: BlockStreamer, state: _State, branches: int, starts: set[int], points: set[int]
+) -> None:
+    """All streams through block ``state.block``; those that start there begin."""
+    block = state.block
+    drop_attention = BlockSchedule(branches, drop_attention=True)
+    none: list[Tensor | None] = [None] * len(state.plain)
+
+    def run(schedule: BlockSchedule, x: Sequence[Tensor], pending: Sequence[Tensor | None]) -> _Stream:
+        return streamer.advance_pending(block, schedule, x, pending)
+
+    for start, x in state.algorithm1.items():
+        state.algorithm1[start] = run(drop_attention, x, none)[0]
+    for point, (x, pending) in state.single.items():
+        if pending[0] is None:
+            state.single[point] = (streamer.advance(block, x), none)
+        else:
+            state.single[point] = run(BlockSchedule(branches, pending=True), x, pending)
+    if block in starts or 2 * block in points:
+        begun = run(drop_attention, state.plain, none)
+        if block in starts:
+            state.algorithm1[block] = begun[0]
+        if 2 * block in points:
+            state.single[2 * block] = begun
+    if 2 * block + 1 in points:
+        state.single[2 * block + 1] = run(BlockSchedule(branches, drop_mlp=True), state.plain, none)
+    state.plain = streamer.advance(block, state.plain)
+    state.block += 1
+
+
+def _score(streamer: BlockStreamer, state: _State, tokens: Tensor, bar: Any) -> dict[str, Any]:
+    bar.set_postfix_str("scoring")
+    plain, count = streamer.perplexity(state.plain, tokens)
+    bar.reset(total=len(state.algorithm1) + len(state.single))
+    algorithm1, single = [], []
+    previous = plain
+    for block in sorted(state.algorithm1, reverse=True):
+        perplexity, _ = streamer.perplexity(state.algorithm1[block], tokens)
+        algorithm1.append({"block": block, "perplexity": perplexity, "sensitivity": perplexity - previous})
+        previous = perplexity
+        bar.update()
+    for point in sorted(state.single):
+        perplexity, _ = streamer.perplexity(state.single[point][0], tokens)
+        kind = "mlp" if point % 2 else "attention"
+        entry = {"point": point, "block": point // 2, "kind": kind, "perplexity": perplexity}
+        single.append(entry | {"sensitivity": perplexity - plain})
+        bar.update()
+    return {
+        "plain_perplexity": plain,
+        "tokens": count,
+        "algorithm1": algorithm1[::-1] or None,
+        "single": single or None,
+    }
+
+
+def _save(streamer: BlockStreamer, state: _State, path: Path) -> None:
+    if streamer.runtime.is_main:
+        temporary = path.with_name(path.name + ".tmp")
+        torch.save((state.block, state.plain, state.algorithm1, state.single), temporary)
+        os.replace(temporary, path)
+
+
+def _resume(streamer: BlockStreamer, path: Path | None) -> _State | None:
+    # The main rank decides, so that all ranks start at the same block.
+    if path is None or not streamer.runtime.from_main(path.is_file()):
+        return None
+    return _State(*torch.load(path, map_location=streamer.runtime.device, weights_only=True))

@@ -1,0 +1,179 @@
+"""Runs one case of the Megatron layer on a rank and hands back full tensors, for comparison with ``tests.reference``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_spd.models.build import BlockUnit, ModelShape
+from megatron_spd.models.llama import LLAMA
+from megatron_spd.models.weights import unshard_block
+from megatron_spd.plan import BaseModel, BlockPlan, SPDPlan
+from megatron_spd.runtime.distributed import Runtime, initialize
+from tests.reference import Shape, blocks_forward, random_block
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of blocks with random weights. ``dropped``: sync points; ``shifts``: sublayer inputs that have a shift, named
+    by the point after the sublayer."""
+
+    branches: int
+    layers: int
+    dropped: tuple[int, ...]
+    heads: int = 12
+    kv_groups: int = 12
+    ffn: int = 24
+    hidden: int = 16
+    gated: bool = True
+    biases: bool = False
+    shifts: tuple[int, ...] = ()
+    dropout: float = 0.0
+    recompute: bool = False
+    dtype: str = "float32"
+    seed: int = 0
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.hidden, self.heads, self.kv_groups, 4, self.ffn, self.gated)
+
+    def plan(self) -> SPDPlan:
+        base = BaseModel("f", "llama", self.layers, self.hidden, self.heads, self.kv_groups, self.ffn)
+        plan = SPDPlan.dense(base, self.branches).with_drops(self.dropped)
+        for i in range(self.layers):
+            plan = plan.with_block(i, attention_shift=2 * i in self.shifts, mlp_shift=2 * i + 1 in self.shifts)
+        return plan
+
+    def weights(self) -> list[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        return [
+            random_block(
+                self.shape,
+                self.branches,
+                generator,
+                self.biases,
+                (2 * i in self.shifts, 2 * i + 1 in self.shifts),
+            )
+            for i in range(self.layers)
+        ]
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Input and upstream gradient, [7, 2, h]."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        x, up = torch.randn(2, 7, 2, self.hidden, generator=generator, dtype=torch.float64)
+        return x, up
+
+    def masks(self) -> dict[int, Tensor] | None:
+        """The dropout masks that the layers will draw from the default generator seeded with 77."""
+        if not self.dropout:
+            return None
+        torch.manual_seed(77)
+        ones = torch.ones(7, 2, self.hidden)
+        return {
+            p: torch.nn.functional.dropout(ones, self.dropout).double() for p in range(2 * self.layers)
+        }
+
+
+def reference_result(case: Case) -> dict[str, Tensor]:
+    """Output, input gradient and all weight gradients in float64 by the plain formula."""
+    weights = [{n: t.requires_grad_() for n, t in w.items()} for w in case.weights()]
+    x, up = case.data()
+    x.requires_grad_()
+    out = blocks_forward(x, weights, case.shape, case.branches, case.plan().dropped, case.masks())
+    out.backward(up)
+    grads = {f"{i}.{n}": t.grad for i, w in enumerate(weights) for n, t in w.items() if t.grad is not None}
+    return {"out": out.detach(), "x": x.grad, **grads}
+
+
+def _model_shape(case: Case) -> ModelShape:
+    config = {
+        "num_hidden_layers": case.layers,
+        "hidden_size": case.hidden,
+        "intermediate_size": case.ffn,
+        "num_attention_heads": case.heads,
+        "num_key_value_heads": case.kv_groups,
+        "rms_norm_eps": case.shape.eps,
+        "rope_theta": case.shape.rope_theta,
+        "attention_bias": case.biases,
+        "max_position_embeddings": 64,
+    }
+    return ModelShape(LLAMA, config, case.shape.head_dim)
+
+
+def build_case(case: Case, runtime: Runtime) -> BlockUnit:
+    """The unit of ``case`` on this rank, weights loaded, in training mode."""
+    overrides = dict(case.overrides)
+    if case.recompute:
+        overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if not case.gated:
+        overrides["gated_linear_unit"] = False
+    schedules = [case.plan().block_schedule(i) for i in range(case.layers)]
+    dtype = getattr(torch, case.dtype)
+    unit = BlockUnit(_model_shape(case), schedules, runtime, dtype, hidden_dropout=case.dropout, **overrides)
+    for i, weights in enumerate(case.weights()):
+        unit.load_block(i, _plain_mlp(weights) if not case.gated else weights)
+    return unit
+
+
+def _plain_mlp(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The family's table stacks gate and up; a plain MLP has up alone, which an empty gate leaves as it is."""
+    up = {n: t for n, t in weights.items() if n.startswith("mlp.up_proj")}
+    empty = {n.replace("up_proj", "gate_proj"): t[:0] for n, t in up.items()}
+    return weights | empty
+
+
+def megatron_result(case: Case, ranks: int) -> dict[str, Tensor]:
+    """What :func:`reference_result` gives, by the Megatron layers on ``ranks`` ranks; the same on every rank (asserted)."""
+    runtime = initialize(ranks, seed=5)
+    unit = build_case(case, runtime)
+    dtype = getattr(torch, case.dtype)
+    x, up = (t.to(dtype) for t in case.data())
+    x.requires_grad_()
+    torch.manual_seed(77)
+    out = unit(x)
+    out.backward(up)
+    result = {"out": out.detach(), "x": x.grad, **_full_grads(unit, case, runtime)}
+    for name in ("out", "x"):
+        _assert_same_on_all_ranks(name, result[name], runtime)
+    return result
+
+
+def _full_grads(unit: BlockUnit, case: Case, runtime: Runtime) -> dict[str, Tensor]:
+    full = {}
+    for i, weights in enumerate(case.weights()):
+        for p in unit.blocks.layers[i].parameters():
+            p.data = p.grad if p.grad is not None else torch.zeros_like(p)
+        names = [n for n in weights if case.gated or "gate" not in n]
+        shard = {n: t.contiguous() for n, t in _grad_shard(unit, i, names, case.gated).items()}
+        for name, tensor in shard.items():
+            if LLAMA.tensor(name).dim is None:
+                _assert_same_on_all_ranks(f"{i}.{name}", tensor, runtime)
+        shards: list[Any] = [None] * runtime.tp_size
+        dist.all_gather_object(shards, shard, group=runtime.tp_group)
+        full |= {f"{i}.{n}": t for n, t in unshard_block(shards, LLAMA).items()}
+    return full
+
+
+def _grad_shard(unit: BlockUnit, i: int, names: Sequence[str], gated: bool) -> dict[str, Tensor]:
+    if gated:
+        return unit.hf_shard(i, names)
+    layer = dict(unit.blocks.layers[i].named_parameters())
+    shard = unit.hf_shard(i, [n for n in names if "up_proj" not in n])
+    shard |= {
+        n: layer[n.replace("up_proj", "linear_fc1")].detach() for n in names if "up_proj" in n
+    }
+    return shard
+
+
+def _assert_same_on_all_ranks(name: str, tensor: Tensor, runtime: Runtime) -> None:
+    others: list[Any] = [None] * runtime.tp_size
+    dist.all_gather_object(others, tensor, group=runtime.tp_group)
+    for rank, other in enumerate(others):
+        # Replicas that differ drift apart under an optimizer.
+        assert torch.equal(other, tensor), f"{name} differs between rank {rank} and {runtime.tp_rank}"

@@ -1,0 +1,86 @@
+"""What crosses ranks: exactly one all-reduce per kept sync point and direction, and the small sums of replicated parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_spd.runtime.distributed import initialize
+from tests.distributed.block_cases import Case, build_case
+from tests.ranks import run_ranks
+
+ALL = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_to_all_single")
+S, B, H = 7, 2, 16
+ACTIVATION_BYTES = S * B * H * 4
+
+
+class Counter:
+    """Records (name, bytes) of every collective while active."""
+
+    def __enter__(self) -> list[tuple[str, int]]:
+        self.calls: list[tuple[str, int]] = []
+        self.originals = {name: getattr(dist, name) for name in ALL}
+        for name, function in self.originals.items():
+            setattr(dist, name, self._wrap(name, function))
+        return self.calls
+
+    def __exit__(self, *_: Any) -> None:
+        for name, function in self.originals.items():
+            setattr(dist, name, function)
+
+    def _wrap(self, name: str, function: Any) -> Any:
+        def wrapped(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.calls.append((name, tensor.numel() * tensor.element_size()))
+            return function(tensor, *args, **kwargs)
+
+        return wrapped
+
+
+def count_collectives(case: Case, ranks: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    runtime = initialize(ranks)
+    unit = build_case(case, runtime)
+    x, up = (t.float() for t in case.data())
+    x.requires_grad_()
+    with Counter() as forward:
+        out = unit(x)
+    with Counter() as backward:
+        out.backward(up)
+    return forward, backward
+
+
+@pytest.mark.parametrize("dropped", [(), (0,), (0, 2, 4), (1,), (1, 3), (0, 1, 2, 3), (0, 1, 2, 3, 4), (2, 3)])
+@pytest.mark.parametrize(("branches", "ranks"), [(2, 2), (3, 3), (4, 2)])
+@pytest.mark.parametrize("biases", [False, True])
+def test_one_all_reduce_per_kept_point(dropped: tuple[int, ...], branches: int, ranks: int, biases: bool) -> None:
+    case = Case(branches, 3, dropped, biases=biases, shifts=tuple(p + 1 for p in dropped))
+    plan = case.plan()
+    kept = plan.collectives_per_forward()
+    forward, backward = run_ranks(ranks, count_collectives, case, ranks)[0]
+    assert forward == [("all_reduce", ACTIVATION_BYTES)] * kept
+
+    assert {name for name, _ in backward} <= {"all_reduce"}
+    activations = [size for _, size in backward if size == ACTIVATION_BYTES]
+    assert len(activations) == kept
+    # One coalesced sum per SPD block of what is replicated but used differently: two norms, and the biases of dropped points.
+    expected = []
+    for i in range(3):
+        schedule = plan.block_schedule(i)
+        if not schedule.is_stock:
+            vectors = 2 + biases * (schedule.drop_attention + schedule.drop_mlp)
+            expected.append(vectors * H * 4)
+    assert sorted(size for _, size in backward if size != ACTIVATION_BYTES) == sorted(expected)
+
+
+def count_inference(case: Case, ranks: int) -> list[tuple[str, int]]:
+    unit = build_case(case, initialize(ranks)).eval()
+    with torch.no_grad(), Counter() as forward:
+        unit(case.data()[0].float())
+    return forward
+
+
+def test_inference_has_no_other_collectives() -> None:
+    case = Case(3, 3, (0, 1, 4))
+    assert run_ranks(3, count_inference, case, 3)[1] == [("all_reduce", ACTIVATION_BYTES)] * 3

@@ -1,0 +1,143 @@
+"""The sync-point rule (method section 9) as plain formulas in float64 on one process.
+
+Everything that computes an SPD block is compared with this file. It is written for reading: no Megatron, no
+transformers, one loop over sublayers, one over branches. Weights go by Hugging Face Llama names relative to a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """hidden h, query heads, key/value groups, head size, MLP neurons; ``gated``: SwiGLU, else SiLU of ``up``."""
+
+    hidden: int
+    heads: int
+    kv_groups: int
+    head_dim: int
+    ffn: int
+    gated: bool = True
+    eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def rope(x: Tensor, theta: float) -> Tensor:
+    """Rotary embedding, halves convention; x [s, b, n, d]."""
+    s, d = x.shape[0], x.shape[-1]
+    freq = theta ** (-torch.arange(0, d, 2, dtype=x.dtype) / d)
+    angle = torch.outer(torch.arange(s, dtype=x.dtype), freq)
+    angle = torch.cat([angle, angle], -1)[:, None, None, :]
+    left, right = x.chunk(2, -1)
+    return x * angle.cos() + torch.cat([-right, left], -1) * angle.sin()
+
+
+def _linear(x: Tensor, w: Weights, name: str, rows: slice = slice(None)) -> Tensor:
+    out = x @ w[f"{name}.weight"][rows].T
+    bias = w.get(f"{name}.bias")
+    return out if bias is None else out + bias[rows]
+
+
+def attention_branch(z: Tensor, w: Weights, shape: Shape, g: int, branches: int) -> Tensor:
+    """Partial attention output of branch ``g`` without o_proj's bias: [s, b, h]."""
+    s, b, _ = z.shape
+    d, nq, nkv = shape.head_dim, shape.heads // branches, shape.kv_groups // branches
+    q_rows, kv_rows = slice(g * nq * d, (g + 1) * nq * d), slice(g * nkv * d, (g + 1) * nkv * d)
+    q = rope(_linear(z, w, "self_attn.q_proj", q_rows).view(s, b, nq, d), shape.rope_theta)
+    k = rope(_linear(z, w, "self_attn.k_proj", kv_rows).view(s, b, nkv, d), shape.rope_theta)
+    v = _linear(z, w, "self_attn.v_proj", kv_rows).view(s, b, nkv, d)
+    k, v = k.repeat_interleave(nq // nkv, 2), v.repeat_interleave(nq // nkv, 2)
+    scores = torch.einsum("sbnd,tbnd->bnst", q, k) / d**0.5
+    scores = scores.masked_fill(torch.triu(torch.ones(s, s, dtype=torch.bool), 1), float("-inf"))
+    context = torch.einsum("bnst,tbnd->sbnd", scores.softmax(-1), v).reshape(s, b, nq * d)
+    return context @ w["self_attn.o_proj.weight"][:, q_rows].T
+
+
+def mlp_branch(z: Tensor, w: Weights, shape: Shape, g: int, branches: int) -> Tensor:
+    """Partial MLP output of branch ``g`` without down_proj's bias: [s, b, h]."""
+    n = shape.ffn // branches
+    rows = slice(g * n, (g + 1) * n)
+    act = _linear(z, w, "mlp.up_proj", rows)
+    if shape.gated:
+        act = torch.nn.functional.silu(_linear(z, w, "mlp.gate_proj", rows)) * act
+    else:
+        act = torch.nn.functional.silu(act)
+    return act @ w["mlp.down_proj.weight"][:, rows].T
+
+
+def blocks_forward(
+    x: Tensor,
+    blocks: Sequence[Weights],
+    shape: Shape,
+    branches: int,
+    dropped: Sequence[int],
+    masks: Mapping[int, Tensor] | None = None,
+) -> Tensor:
+    """Run consecutive blocks on ``x`` [s, b, h]; ``dropped`` are sync points counted from the first of ``blocks``.
+
+    ``masks[p]`` [s, b, h] multiplies the output of the sublayer before point ``p`` (dropout).
+    What is pending at the end is synced there.
+    """
+    pending = [torch.zeros_like(x) for _ in range(branches)]
+    last = 2 * len(blocks) - 1
+    for p in range(last + 1):
+        w = blocks[p // 2]
+        is_attention = p % 2 == 0
+        prefix = "self_attn" if is_attention else "mlp"
+        norm = w["input_layernorm.weight" if is_attention else "post_attention_layernorm.weight"]
+        bias = w.get("self_attn.o_proj.bias" if is_attention else "mlp.down_proj.bias")
+        shift = w.get(f"{prefix}.spd_shift")
+        mask = masks[p] if masks is not None else None
+        sublayer = attention_branch if is_attention else mlp_branch
+        for g in range(branches):
+            z = x + pending[g] if shift is None else x + pending[g] + shift[g]
+            out = sublayer(rms_norm(z, norm, shape.eps), w, shape, g, branches)
+            pending[g] = pending[g] + (out if mask is None else out * mask)
+        if bias is not None:
+            x = x + (bias if mask is None else bias * mask)
+        if p not in dropped or p == last:
+            x = x + sum(pending)
+            pending = [torch.zeros_like(x) for _ in range(branches)]
+    return x
+
+
+def random_block(
+    shape: Shape, branches: int, generator: torch.Generator, biases: bool, shifts: tuple[bool, bool] = (False, False)
+) -> dict[str, Tensor]:
+    """Random float64 weights of one block, scaled so that branch effects are large."""
+
+    def draw(*size: int, scale: float) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64) * scale
+
+    h, d = shape.hidden, shape.head_dim
+    q, kv, f = shape.heads * d, shape.kv_groups * d, shape.ffn
+    sizes = {
+        "self_attn.q_proj": (q, h),
+        "self_attn.k_proj": (kv, h),
+        "self_attn.v_proj": (kv, h),
+        "self_attn.o_proj": (h, q),
+        "mlp.up_proj": (f, h),
+        "mlp.down_proj": (h, f),
+    }
+    if shape.gated:
+        sizes["mlp.gate_proj"] = (f, h)
+    w = {f"{name}.weight": draw(*size, scale=1.5 * size[1] ** -0.5) for name, size in sizes.items()}
+    if biases:
+        w |= {f"{name}.bias": draw(size[0], scale=0.3) for name, size in sizes.items()}
+    for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        w[name] = 1 + draw(h, scale=0.2)
+    for name, wanted in zip(("self_attn.spd_shift", "mlp.spd_shift"), shifts, strict=True):
+        if wanted:
+            w[name] = draw(branches, h, scale=0.5)
+    return w

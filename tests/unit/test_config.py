@@ -1,0 +1,132 @@
+"""Options from flags and files, and every mistake in them as one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from megatron_spd.config import (
+    COMMANDS,
+    CommonOptions,
+    DistillOptions,
+    EvaluateOptions,
+    PlanOptions,
+    RunOptions,
+    parse_options,
+)
+from megatron_spd.errors import UserError
+
+T = TypeVar("T", bound=CommonOptions)
+REQUIRED: dict[type[CommonOptions], list[str]] = {
+    RunOptions: ["--model", "m", "--out", "o", "--branches", "3"],
+    PlanOptions: ["--model", "m", "--out", "o", "--branches", "3", "--sensitivity", "s.json"],
+    DistillOptions: ["--model", "m", "--plan", "p", "--out", "o"],
+    EvaluateOptions: ["--model", "m"],
+}
+
+
+def parse(kind: type[T], *argv: str) -> T:
+    return parse_options(kind, [*REQUIRED[kind], *argv], "megatron-spd test")
+
+
+def message_of(kind: type[CommonOptions], *argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(kind, *argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_flags() -> None:
+    options = parse(RunOptions, "--drop-ratio", "0.7", "--seq_length=64", "--sync-points", "any", "--zero-stage", "1")
+    assert (options.model, options.branches, options.ranks) == ("m", 3, 1)
+    assert (options.drop_ratio, options.seq_length) == (0.7, 64)
+    assert (options.sync_points, options.zero_stage, options.json) == ("any", 1, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("options.yaml", "drop-ratio: 0.5\nlearning_rate: 1e-4\njson: true\nprompt_file: null\ntracking: none\n"),
+        ("options.json", json.dumps({"drop_ratio": 0.5, "learning_rate": 1e-4, "json": True, "tracking": "none"})),
+    ],
+)
+def test_a_file_gives_defaults_that_flags_override(tmp_path: Path, name: str, text: str) -> None:
+    file = tmp_path / name
+    file.write_text(text.replace("prompt_file: null\n", "eval_data: null\n"))
+    options = parse(RunOptions, "--config", str(file))
+    assert (options.drop_ratio, options.learning_rate, options.json) == (0.5, 1e-4, True)
+    assert (options.tracking, options.eval_data) == ("none", None)
+    # Wherever the flag stands.
+    for argv in (["--drop-ratio=0.25", f"--config={file}"], ["--config", str(file), "--drop-ratio", "0.25"]):
+        assert parse(RunOptions, *argv).drop_ratio == 0.25
+
+
+def test_a_file_can_hold_the_required_options(tmp_path: Path) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text("model: -strange name\n")
+    assert parse_options(EvaluateOptions, ["--config", str(file)], "p").model == "-strange name"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("drop_rato: 0.5", "unknown key 'drop_rato'; did you mean drop_ratio?"),
+        ("colour: red", "unknown key 'colour'; known are batch_size,"),
+        ("branches: three", "invalid int value: 'three'"),
+        ("sync_points: all", "invalid choice: 'all'"),
+        ("data: [a, b]", "key 'data' is list, expected a single value"),
+        ("- 1", "holds list, expected option names with values"),
+        ("a: [", "is neither YAML nor JSON"),
+        ("seq_length: 1", "--seq-length is 1; it must be >= 2"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    kind = EvaluateOptions if "colour" in text else RunOptions
+    assert message in message_of(kind, "--config", str(file))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert "no config file at" in message_of(RunOptions, "--config", str(tmp_path / "no.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "argv", "message"),
+    [
+        (RunOptions, "--drop-ratoi 0.5", "unknown option '--drop-ratoi'; did you mean --drop-ratio?"),
+        (RunOptions, "--drop 0.5", "unknown option '--drop'"),
+        (RunOptions, "--config", "argument --config: expected one argument"),
+        (RunOptions, "--drop-ratio 1.5", "--drop-ratio is 1.5; it must be between 0 and 1"),
+        (RunOptions, "--drop-ratio nan", "--drop-ratio is nan; it must be between 0 and 1"),
+        (RunOptions, "--branches 0", "--branches is 0; it must be >= 1"),
+        (RunOptions, "--ranks -1", "--ranks is -1; it must be >= 1"),
+        (RunOptions, "--learning-rate 0", "--learning-rate is 0.0; it must be > 0"),
+        (PlanOptions, "--drop-ratio 0.5 --drop-count 3", "--drop-ratio and --drop-count exclude each other"),
+        (PlanOptions, "--tau1 0.05", "--tau1 and --tau2 belong together"),
+        (PlanOptions, "--tau1 5 --tau2 1", "--tau1 5.0 is above --tau2 1.0"),
+        (DistillOptions, "--dtype bf16", "--dtype bf16 needs --zero-stage 1 or 2"),
+        (EvaluateOptions, "--dtype fp8", "invalid choice: 'fp8' (choose from 'fp32', 'bf16')"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(kind: type[CommonOptions], argv: str, message: str) -> None:
+    assert message in message_of(kind, *argv.split())
+
+
+def test_a_deepspeed_file_decides_about_bf16_itself() -> None:
+    assert parse(DistillOptions, "--dtype", "bf16", "--deepspeed_config", "zero1_bf16.json").dtype == "bf16"
+
+
+def test_launchers_pass_a_local_rank() -> None:
+    assert parse(DistillOptions, "--local_rank=2").local_rank == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_options(COMMANDS[command], ["--help"], command)
+    assert caught.value.code == 0
+    assert "--json" in capsys.readouterr().out
