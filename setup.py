@@ -34,9 +34,9 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "gguf": ["gguf"],
+        "gguf": ["accelerate", "gguf"],  # transformers reads GGUF files with both
         "wandb": ["wandb"],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff"],
     },
     entry_points={"console_scripts": ["megatron-spd = megatron_spd.cli:main"]},
 )

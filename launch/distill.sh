@@ -5,8 +5,6 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-bash "$root/launch/env.sh"
-export PATH="$root/.venv/bin:$PATH"
 
 ranks=1
 previous=""
@@ -18,6 +16,9 @@ done
 case "$ranks" in
   '' | *[!0-9]* | 0) echo "distill.sh: --ranks is '$ranks'; it must be a whole number >= 1" >&2; exit 2 ;;
 esac
+
+bash "$root/launch/env.sh"
+export PATH="$root/.venv/bin:$PATH"
 
 # The same accelerator and threads as `megatron-spd distill` chooses.
 if [ -z "${DS_ACCELERATOR:-}" ] && [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -lt "$ranks" ]; then

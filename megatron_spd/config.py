@@ -28,6 +28,8 @@ LIMITS: dict[str, tuple[float, float | None]] = {
     "ranks": (1, None),
     "sequences": (1, None),
     "eval_sequences": (1, None),
+    "distill_sequences": (2, None),
+    "tensor_parallel": (1, None),
     "seq_length": (2, None),
     "batch_size": (1, None),
     "max_new_tokens": (1, None),
@@ -139,6 +141,10 @@ class TrainingOptions(CommonOptions):
         "stop training after this wall time and keep what is best so far", None
     )
     seed: int = _option("seed of every random choice", 1234)
+    tensor_parallel: int | None = _option(
+        "tensor-parallel ranks of one replica (M); the launched ranks' other factor is data parallel; default: all",
+        None,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,6 +245,7 @@ class RunOptions(ModelOptions, DataOptions, RankOptions, SelectionOptions, Train
         "text to score on; default: pieces of --data that are not used otherwise", None
     )
     eval_sequences: int = _option("number of pieces to score on", 8)
+    distill_sequences: int = _option("number of pieces of --data to distil on", 64)
 
 
 COMMANDS: dict[str, type[CommonOptions]] = {

@@ -78,7 +78,7 @@ def _as_index(value: Any) -> int:
 class BaseModel:
     """The dense model that a plan was made for.
 
-    ``fingerprint`` is the hash that :func:`megatron_spd.checkpoint.hf.fingerprint` takes of its weights and config.
+    ``fingerprint`` is the hash that :meth:`megatron_spd.checkpoint.hf.CheckpointReader.fingerprint` takes of its weights and config.
     """
 
     fingerprint: str
@@ -302,7 +302,7 @@ class SPDPlan:
     @classmethod
     def from_dict(cls, raw: Any) -> SPDPlan:
         """The plan in a parsed JSON object. Raises PlanError that names the first wrong field."""
-        if isinstance(raw, dict) and raw.get("version") != PLAN_VERSION:
+        if isinstance(raw, dict) and (type(raw.get("version")) is not int or raw["version"] != PLAN_VERSION):
             _fail("version", raw.get("version"), f"{PLAN_VERSION} (this package reads no other; remake the plan)")
         fields = _take(raw, cls, "")
         fields["base_model"] = BaseModel(**_take(fields["base_model"], BaseModel, "base_model"))
@@ -329,6 +329,7 @@ class SPDPlan:
     def save(self, path: str | Path) -> None:
         """Write the plan atomically."""
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(self.to_json(), encoding="utf-8")
         os.replace(temporary, path)
@@ -338,4 +339,8 @@ class SPDPlan:
         path = Path(path)
         if not path.is_file():
             raise PlanError(f"no plan at {path}; make one with `megatron-spd plan`")
-        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise PlanError(f"{path} is not a text file; make a plan with `megatron-spd plan`") from None
+        return cls.from_json(text, str(path))

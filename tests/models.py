@@ -7,12 +7,17 @@ few sentences kept here, so that any text can be tokenised and decoded again.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from megatron_spd.checkpoint.export import export
+from megatron_spd.checkpoint.hf import CheckpointReader
+from megatron_spd.plan import SPDPlan
 
 #: Vocabulary of the tiny tokenizer: 256 bytes, 3 special tokens, learned merges. Divides by 2, 3 and 4 ranks.
 VOCABULARY = 324
@@ -143,3 +148,33 @@ def make_llama(
     if with_tokenizer:
         tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def make_export(
+    base: str | Path,
+    out: str | Path,
+    branches: int,
+    dropped: Sequence[int],
+    shifts: Sequence[tuple[int, str]] = (),
+    seed: int = 1,
+) -> Path:
+    """Export the plain model in ``base`` with ``dropped`` sync points and random shifts; returns ``out``.
+
+    ``shifts``: pairs (block, "attention" or "mlp"). Heads and neurons keep their order.
+    """
+    reader = CheckpointReader(base)
+    plan = SPDPlan.dense(reader.base_model(), branches).with_drops(dropped)
+    for block, sublayer in shifts:
+        plan = plan.with_block(block, **{f"{sublayer}_shift": True})
+    generator = torch.Generator().manual_seed(seed)
+
+    def blocks(i: int) -> dict[str, torch.Tensor]:
+        weights = reader.block(i)
+        for sublayer in ("attention", "mlp"):
+            if getattr(plan.blocks[i], f"{sublayer}_shift"):
+                name = getattr(reader.family, f"{sublayer}_shift")
+                weights[name] = 0.5 * torch.randn(branches, reader.hidden_size, generator=generator)
+        return weights
+
+    export(reader, plan, blocks, Path(out))
+    return Path(out)

@@ -16,10 +16,9 @@ from torch import Tensor
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.comm.all_reduce import all_reduce
 from megatron_spd.errors import UserError
-from megatron_spd.grouping.permute import permute_block
 from megatron_spd.models.build import BlockUnit, ModelShape, layer_state, refer_to
 from megatron_spd.models.weights import shard_block
-from megatron_spd.plan import BlockSchedule, SPDPlan
+from megatron_spd.plan import BlockSchedule
 from megatron_spd.runtime.distributed import Runtime
 
 BlockWeights = Callable[[int], Mapping[str, Tensor]]
@@ -33,23 +32,6 @@ _STOCK = BlockSchedule(branches=1)
 def model_shape(reader: CheckpointReader) -> ModelShape:
     """The shape of the model that ``reader`` holds."""
     return ModelShape(reader.family, reader.config, reader.head_dim)
-
-
-def planned_weights(reader: CheckpointReader, plan: SPDPlan) -> BlockWeights:
-    """Block weights of the base model in the plan's permuted order."""
-
-    def weights(block: int) -> Mapping[str, Tensor]:
-        extra = plan.blocks[block]
-        return permute_block(
-            reader.block(block),
-            reader.family,
-            plan.base_model,
-            reader.head_dim,
-            extra.kv_group_order,
-            extra.neuron_order,
-        )
-
-    return weights
 
 
 class BlockStreamer:

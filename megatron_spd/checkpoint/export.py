@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_spd.checkpoint.folders import atomic_folder, copy_side_files
-from megatron_spd.checkpoint.hf import CheckpointReader, ShardWriter, read_config
+from megatron_spd.checkpoint.hf import CheckpointReader, ShardWriter, all_finite, read_config
 from megatron_spd.errors import CheckpointError
 from megatron_spd.plan import SPDPlan
 
@@ -106,5 +106,5 @@ def _check_block(reader: CheckpointReader, plan: SPDPlan, block: int, weights: M
             raise CheckpointError(
                 f"block {block} to export: {name} has shape {list(tensor.shape)}, expected {list(expected[name])}"
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise CheckpointError(f"block {block} to export: {name} holds NaN or infinity; distil it again")

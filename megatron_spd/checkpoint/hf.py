@@ -30,12 +30,19 @@ from megatron_spd.plan import BaseModel, SPDPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CheckpointReader", "ShardWriter", "read_config"]
+__all__ = ["CheckpointReader", "ShardWriter", "all_finite", "read_config"]
 
 #: Computed by every loader from the config; old checkpoints store it all the same.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 #: How much of each tensor enters the fingerprint: this many pieces of this many bytes, evenly spaced.
 _SAMPLE_PIECES, _SAMPLE_BYTES = 8, 512
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a non-empty tensor holds neither NaN nor infinity: one pass without temporaries, several times faster
+    than ``torch.isfinite(tensor).all()``, which matters where every weight of a model is checked."""
+    low, high = torch.aminmax(tensor)  # a NaN anywhere makes both NaN
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -119,7 +126,7 @@ class CheckpointReader:
             self._open_files[entry.file] = safe_open(str(entry.file), "pt")
         # The mapped tensor shares its memory with every other read of it through the same handle.
         tensor = self._open_files[entry.file].get_tensor(name).clone()
-        if check_finite and not bool(torch.isfinite(tensor).all()):
+        if check_finite and not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
                 f"tensor {name} in {entry.file} has {bad} NaN or infinite of {tensor.numel()} values; "
@@ -175,7 +182,7 @@ class CheckpointReader:
             )
         except (OSError, ValueError, KeyError, TypeError):
             raise CheckpointError(
-                f"{self.folder} has no tokenizer that transformers can load; add tokenizer.json and tokenizer_config.json"
+                f"{self.folder} has no tokenizer that transformers can load; add its tokenizer.json"
             ) from None
 
     # ---- checks when opened -----------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ def prepare(model: str, out: Path) -> dict[str, Any]:
     NaN and infinity. If ``out`` was made from the same source before, nothing is done. SmolLM2-135M takes under 20 s on
     2 cores (``pytest tests/unit/checkpoint/test_prepare.py``).
 
-    Returns ``model`` (the folder), ``source``, ``family``, ``fingerprint``, ``tensors``, ``reused``. Raises UserError for
-    an unknown model, or if ``out`` holds something else; CheckpointError for a broken one.
+    Returns ``model`` (the folder), ``source``, ``family``, ``fingerprint``, ``tensors``, ``reused``. Raises UserError
+    for an unknown model, or if ``out`` holds something else; CheckpointError for a broken one.
     """
     out = Path(out)
     source = _locate(model)
@@ -121,11 +121,12 @@ def _unpack_gguf(source: Path, folder: Path) -> None:
     """GGUF through transformers: config, weights dequantised to fp32, tokenizer."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32
+        )
         # Straight to this class: AutoTokenizer would parse the whole file once more to guess it.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(**where)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source.parent, gguf_file=source.name)
     except Exception as error:
         # A parser of someone else's format: a damaged file can raise anything.
         reason = (str(error).splitlines() or [""])[0][:100]

@@ -109,6 +109,9 @@ class ShardWriter:
         """Write what is left and name the files."""
         self._flush()
         count = len(self._shards)
+        for shard in range(count):
+            # safetensors makes files that only their owner can read.
+            self._part(shard).chmod(0o644)
         if count == 1:
             os.replace(self._part(0), self.folder / SINGLE_NAME)
             return

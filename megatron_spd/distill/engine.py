@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,10 +92,18 @@ def _read(path: str | None) -> dict[str, Any]:
 
 
 def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """``top`` over ``base``, section by section: "auto" leaves ours, null removes it, another "type" (of optimizer or scheduler)
+    replaces it with the learning rate filled in."""
     merged = dict(base)
     for key, value in top.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            merged[key] = _overlay(base[key], value)
+        ours = base.get(key)
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(ours, dict):
+            if value.get("type", ours.get("type")) != ours.get("type"):
+                rate = {"lr": ours["params"]["lr"]} if key == "optimizer" else {}
+                ours = {"params": rate}
+            merged[key] = _overlay(ours, value)
         elif value != "auto":
             merged[key] = value
     return merged
@@ -116,6 +125,8 @@ def make_engine(student: nn.Module, config: dict[str, Any]) -> Any:
     from deepspeed.utils import logger
 
     without_compiled_collectives()
+    # DeepSpeed insists on it; a process that no launcher started is the only one of its machine.
+    os.environ.setdefault("LOCAL_RANK", "0")
     logger.setLevel("WARNING")
     trainable = [p for p in student.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(

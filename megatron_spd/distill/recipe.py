@@ -54,6 +54,9 @@ class DistillSettings:
         """A hash of everything that decides the resulting weights."""
         plan_part = {k: v for k, v in plan.to_dict().items() if k != "provenance"}
         settings = dataclasses.asdict(self)
+        # A time budget decides when training stops, not what is trained; a continued run may have another.
+        settings.pop("max_seconds")
+        settings["config_file"] = deepspeed_config(self.engine, 1)
         text = json.dumps([plan_part, settings], sort_keys=True).encode()
         return hashlib.sha256(text + tokens.numpy().tobytes()).hexdigest()
 
@@ -134,6 +137,9 @@ class _UnitTrainer:
         schedules = [plan.block_schedule(i) for i in unit]
         self.student = BlockUnit(streamer.shape, schedules, self.runtime, self.dtype)
         self.names = self._load(streamer.weights)
+        config = deepspeed_config(settings.engine, 1)
+        self.micro_batch: int = config["train_micro_batch_size_per_gpu"]
+        self.accumulation: int = config["gradient_accumulation_steps"]
         self.engine: Any = None
 
     def _load(self, weights: BlockWeights) -> list[list[str]]:
@@ -161,54 +167,53 @@ class _UnitTrainer:
         }
 
     def _train(self, inputs: Tensor, targets: Tensor, seconds: float | None) -> list[float]:
-        s = self.settings
+        """The loss of every optimizer step, averaged over its micro-batches and the replicas."""
         batches = self._micro_batches(inputs.shape[1])
-        accumulation = s.engine.gradient_accumulation
-        steps = max(1, len(batches) // accumulation)
-        config = deepspeed_config(s.engine, steps)
-        accumulation = config["gradient_accumulation_steps"]
+        steps = len(batches) // self.accumulation
         self.student.train()
-        self.engine = make_engine(self.student, config)
-        tensor_parallel_seed(s.seed + self.unit.start)
-        losses, total, started = [], torch.zeros((), device=self.runtime.device), time.monotonic()
-        name = f"blocks {self.unit.start}..{self.unit.stop - 1}" if len(self.unit) > 1 else f"block {self.unit.start}"
-        with progress_bar(self.runtime, f"distil {name}", len(batches) // accumulation, "step") as bar:
-            for count, batch in enumerate(batches[: len(batches) // accumulation * accumulation], 1):
-                x, target = (t[:, batch].to(self.dtype) for t in (inputs, targets))
-                loss = self.loss(self.engine(x), target)
-                self.engine.backward(loss)
-                self.engine.step()
-                total += loss.detach()
-                if count % accumulation:
-                    continue
-                losses.append(float(all_reduce(total.clone(), self.runtime.dp_group)) / (accumulation * self.runtime.dp_size))
-                total.zero_()
-                self.tracker.unit_loss(self.unit.start, len(losses), losses[-1], self.engine.get_lr()[0])
+        self.engine = make_engine(self.student, deepspeed_config(self.settings.engine, steps))
+        tensor_parallel_seed(self.settings.seed + self.unit.start)
+        losses: list[float] = []
+        started = time.monotonic()
+        with progress_bar(self.runtime, f"distil {_name(self.unit)}", steps, "step") as bar:
+            for step in range(steps):
+                part = batches[step * self.accumulation : (step + 1) * self.accumulation]
+                losses.append(self._step(inputs, targets, part))
+                self.tracker.unit_loss(self.unit.start, step + 1, losses[-1], self.engine.get_lr()[0])
                 bar.update()
                 bar.set_postfix_str(f"loss {losses[-1]:.4g}")
                 if seconds is not None and self.runtime.from_main(time.monotonic() - started > seconds):
                     break
         return losses
 
+    def _step(self, inputs: Tensor, targets: Tensor, batches: list[Tensor]) -> float:
+        total = torch.zeros((), device=self.runtime.device)
+        for batch in batches:
+            x, target = (t[:, batch].to(self.dtype) for t in (inputs, targets))
+            loss = self.loss(self.engine(x), target)
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.detach()
+        return float(all_reduce(total, self.runtime.dp_group)) / (len(batches) * self.runtime.dp_size)
+
     def _micro_batches(self, sequences: int) -> list[Tensor]:
         """This replica's micro-batches of all epochs, as sequence numbers; the same on all ranks of a replica."""
-        s = self.settings
-        size = deepspeed_config(s.engine, 1)["train_micro_batch_size_per_gpu"]
-        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.unit.start)
-        order = torch.cat([torch.randperm(sequences, generator=generator) for _ in range(s.epochs)])
-        share = order[self.runtime.dp_rank :: self.runtime.dp_size]
+        seed = self.settings.seed * 1_000_003 + self.unit.start
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.cat([torch.randperm(sequences, generator=generator) for _ in range(self.settings.epochs)])
         least = len(order) // self.runtime.dp_size
-        if least < size * s.engine.gradient_accumulation:
+        share = order[self.runtime.dp_rank :: self.runtime.dp_size][:least]
+        if least < self.micro_batch * self.accumulation:
             raise UserError(
-                f"{sequences} training sequences x {s.epochs} epochs give {least} to each replica, less than one step of "
-                f"{size} x {s.engine.gradient_accumulation}; use more sequences or a smaller batch"
+                f"{sequences} training sequences x {self.settings.epochs} epochs give {least} to each replica, less than one "
+                f"step of {self.micro_batch} x {self.accumulation}; use more sequences or a smaller batch"
             )
-        return [b for b in share[:least].split(size) if len(b) == size]
+        return [b for b in share.split(self.micro_batch) if len(b) == self.micro_batch]
 
     @torch.no_grad()
     def _held_out_loss(self, inputs: Tensor, targets: Tensor) -> float:
         self.student.eval()
-        size = self.settings.engine.micro_batch_size
+        size = self.micro_batch
         total = 0.0
         for x, target in zip(inputs.split(size, 1), targets.split(size, 1), strict=True):
             x, target = x.to(self.dtype).contiguous(), target.to(self.dtype)
@@ -229,6 +234,10 @@ class _UnitTrainer:
         self.engine = None
         self.student = None  # type: ignore[assignment]
         gc.collect()
+
+
+def _name(unit: range) -> str:
+    return f"block {unit.start}" if len(unit) == 1 else f"blocks {unit.start}..{unit.stop - 1}"
 
 
 def _gather(shard: Mapping[str, Tensor], runtime: Runtime, family: Any) -> dict[str, Tensor]:

@@ -8,13 +8,14 @@ do not change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.models.family import ModelFamily, Unit
-from megatron_spd.plan import BaseModel
+from megatron_spd.plan import BaseModel, SPDPlan
 
 
 def permute_block(
@@ -69,6 +70,23 @@ def permute_block(
         index = _expand(order, width).to(tensor.device)
         permuted[name] = tensor.index_select(entry.dim, index)
     return permuted
+
+
+def planned_weights(reader: CheckpointReader, plan: SPDPlan) -> Callable[[int], Mapping[str, Tensor]]:
+    """Block weights of the base model in the plan's permuted order."""
+
+    def weights(block: int) -> Mapping[str, Tensor]:
+        extra = plan.blocks[block]
+        return permute_block(
+            reader.block(block),
+            reader.family,
+            plan.base_model,
+            reader.head_dim,
+            extra.kv_group_order,
+            extra.neuron_order,
+        )
+
+    return weights
 
 
 def inverse_order(order: Sequence[int]) -> list[int]:

@@ -67,8 +67,10 @@ def is_launched() -> bool:
 
 
 def hide_cuda_from_cpu_ranks() -> None:
-    """Make torch agree with DeepSpeed that a rank with ``DS_ACCELERATOR=cpu`` has no CUDA device: the deepspeed launcher
-    numbers CUDA devices for it all the same. Call it before anything asks torch for devices."""
+    """Make torch agree with DeepSpeed that a rank with ``DS_ACCELERATOR=cpu`` has no CUDA device.
+
+    The deepspeed launcher numbers CUDA devices for it all the same. Call it before anything asks torch for devices.
+    """
     if "RANK" in os.environ and os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

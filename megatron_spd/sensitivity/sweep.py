@@ -7,6 +7,8 @@ candidate costs only the blocks behind its start.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_spd.calibration.stream import BlockStreamer
@@ -48,12 +51,14 @@ def sweep(
     method: Method = "both",
     which: Which = "any",
     unfinished: Path | None = None,
+    order: str = "",
 ) -> dict[str, Any]:
     """Measure the perplexity of ``tokens`` [n, s] under each candidate drop.
 
     ``algorithm1``: attention points of blocks i..L-1 dropped, for every i. ``single``: one point of ``which`` dropped. The weights are
     those that ``streamer`` walks (grouped ones if it permutes). ``unfinished``: where to save the streams now and then, so that a
-    killed sweep goes on from there; the file is removed at the end.
+    killed sweep of the same model, text and candidates goes on from there, under any M; the file is removed at the end. ``order``
+    tells apart sweeps whose streamers put the model's weights in another order.
 
     Returns a JSON-able dict: ``plain_perplexity``, ``algorithm1`` and ``single`` lists with ``perplexity`` and ``sensitivity`` (increase
     of perplexity: against one block fewer for Algorithm 1, against the plain model for a single point).
@@ -61,15 +66,16 @@ def sweep(
     num_layers = streamer.num_layers
     points = set(droppable_points(num_layers, which)) if method in ("single", "both") else set()
     starts = set(range(num_layers)) if method in ("algorithm1", "both") else set()
-    state = _resume(streamer, unfinished) or _State(0, streamer.embed(tokens), {}, {})
+    identity = _identity(streamer, tokens, order, branches, method, which)
+    state = _resume(streamer, identity, unfinished) or _State(0, streamer.embed(tokens), {}, {})
     saved = time.monotonic()
     with progress_bar(streamer.runtime, "sensitivity", _steps(num_layers, starts, points), "step") as bar:
         bar.update(_steps(state.block, starts, points))
         while state.block < num_layers:
             _advance(streamer, state, branches, starts, points)
             bar.update(_steps(state.block, starts, points) - bar.n if not bar.disable else 0)
-            if unfinished is not None and time.monotonic() - saved > _SAVE_EVERY:
-                _save(streamer, state, unfinished)
+            if unfinished is not None and streamer.runtime.from_main(time.monotonic() - saved > _SAVE_EVERY):
+                _save(streamer, state, identity, unfinished)
                 saved = time.monotonic()
         result = _score(streamer, state, tokens, bar)
     result |= {"branches": branches, "method": method, "sync_points": which, "sequences": len(tokens)}
@@ -140,15 +146,42 @@ def _score(streamer: BlockStreamer, state: _State, tokens: Tensor, bar: Any) -> 
     }
 
 
-def _save(streamer: BlockStreamer, state: _State, path: Path) -> None:
+def _identity(streamer: BlockStreamer, tokens: Tensor, order: str, *candidates: Any) -> str:
+    """A hash of what decides the streams; M, and where the model lies, do not."""
+    facts = [streamer.reader.fingerprint(), order, str(streamer.dtype), streamer.micro_batch, *candidates]
+    return hashlib.sha256(json.dumps(facts).encode() + tokens.numpy().tobytes()).hexdigest()
+
+
+def _save(streamer: BlockStreamer, state: _State, identity: str, path: Path) -> None:
+    """Keep the streams in one file. Called on every rank: each holds the pending sums of its own branches only."""
+    single = {p: (x, [_all_branches(t, streamer) for t in pending]) for p, (x, pending) in state.single.items()}
     if streamer.runtime.is_main:
         temporary = path.with_name(path.name + ".tmp")
-        torch.save((state.block, state.plain, state.algorithm1, state.single), temporary)
+        torch.save((identity, state.block, state.plain, state.algorithm1, single), temporary)
         os.replace(temporary, path)
 
 
-def _resume(streamer: BlockStreamer, path: Path | None) -> _State | None:
+def _resume(streamer: BlockStreamer, identity: str, path: Path | None) -> _State | None:
+    """The streams that :func:`_save` kept at ``path``, or None if there are none or they are another sweep's."""
     # The main rank decides, so that all ranks start at the same block.
     if path is None or not streamer.runtime.from_main(path.is_file()):
         return None
-    return _State(*torch.load(path, map_location=streamer.runtime.device, weights_only=True))
+    held, block, plain, algorithm1, single = torch.load(path, map_location=streamer.runtime.device, weights_only=True)
+    if held != identity:
+        return None
+    mine = {p: (x, [_own_branches(t, streamer) for t in pending]) for p, (x, pending) in single.items()}
+    return _State(block, plain, algorithm1, mine)
+
+
+def _all_branches(pending: Tensor | None, streamer: BlockStreamer) -> Tensor | None:
+    """Pending sums [G, s, b, h] of all branches from each rank's own [G/M, s, b, h]."""
+    if pending is None or streamer.runtime.tp_size == 1:
+        return pending
+    parts = [torch.empty_like(pending) for _ in range(streamer.runtime.tp_size)]
+    dist.all_gather(parts, pending.contiguous(), group=streamer.runtime.tp_group)
+    return torch.cat(parts)
+
+
+def _own_branches(pending: Tensor | None, streamer: BlockStreamer) -> Tensor | None:
+    """The inverse of :func:`_all_branches`."""
+    return None if pending is None else pending.chunk(streamer.runtime.tp_size)[streamer.runtime.tp_rank]

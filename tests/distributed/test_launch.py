@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from megatron_spd.errors import RankDied, UserError
-from megatron_spd.runtime.launch import RankFailed, launch
+from megatron_spd.runtime.launch import RankFailed, free_port, launch
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = "tests.distributed.rank_program"
@@ -127,3 +127,30 @@ def test_no_rank_outlives_the_launching_process(pids: Path, sent: signal.Signals
 def test_rank_that_never_begins_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RankDied, match="ranks 0, 1 ended before the work began"):
         launch([], 2, "tests.distributed.no_such_module")
+
+
+def test_wrong_options_under_the_launcher_are_one_line(tmp_path: Path) -> None:
+    """As launch/distill.sh starts it: rank 0 speaks for all, and its exit code comes out."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--quiet",
+        "--num_accelerators",
+        str(RANKS),
+    ]
+    command = [
+        *launcher,
+        "--master_port",
+        str(free_port()),
+        str(ROOT / "tools" / "distill.py"),
+        "--nonsense",
+        "1",
+    ]
+    env = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    assert (
+        done.stderr.count("megatron-spd: error: the following arguments are required: --model, --plan, --out")
+        == 1
+    )

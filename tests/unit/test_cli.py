@@ -1,4 +1,4 @@
-"""What all commands share: results, errors and exit codes, with commands made for the test in place of the real ones."""
+"""What all commands share (results, errors, exit codes), with commands made for the test in place of the real ones."""
 
 from __future__ import annotations
 
@@ -72,8 +72,16 @@ def test_json_is_one_strict_object_on_the_last_line(
     [
         (UserError("no model\nat x"), 2, "no model at x"),
         (RankDied("rank 1 died"), 2, "rank 1 died"),
-        (OSError(28, "No space left on device", "out/x"), 2, "no space left on the device at out/x; free some space"),
-        (PermissionError(13, "Permission denied", "/root/x"), 2, "Permission denied at /root/x; choose a path"),
+        (
+            OSError(28, "No space left on device", "out/x"),
+            2,
+            "no space left on the device at out/x; free some space",
+        ),
+        (
+            PermissionError(13, "Permission denied", "/root/x"),
+            2,
+            "Permission denied at /root/x; choose a path",
+        ),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(
@@ -142,7 +150,9 @@ def test_interruption(evaluate: Callable[[Command], None], capsys: pytest.Captur
 
 def test_a_wrong_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evalute"]) == 2
-    assert capsys.readouterr().err.startswith("megatron-spd: error: unknown command 'evalute'; the commands are prep")
+    assert capsys.readouterr().err.startswith(
+        "megatron-spd: error: unknown command 'evalute'; the commands are prep"
+    )
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])

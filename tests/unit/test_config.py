@@ -40,7 +40,9 @@ def message_of(kind: type[CommonOptions], *argv: str) -> str:
 
 
 def test_flags() -> None:
-    options = parse(RunOptions, "--drop-ratio", "0.7", "--seq_length=64", "--sync-points", "any", "--zero-stage", "1")
+    options = parse(
+        RunOptions, "--drop-ratio", "0.7", "--seq_length=64", "--sync-points", "any", "--zero-stage", "1"
+    )
     assert (options.model, options.branches, options.ranks) == ("m", 3, 1)
     assert (options.drop_ratio, options.seq_length) == (0.7, 64)
     assert (options.sync_points, options.zero_stage, options.json) == ("any", 1, False)
@@ -49,8 +51,14 @@ def test_flags() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("options.yaml", "drop-ratio: 0.5\nlearning_rate: 1e-4\njson: true\nprompt_file: null\ntracking: none\n"),
-        ("options.json", json.dumps({"drop_ratio": 0.5, "learning_rate": 1e-4, "json": True, "tracking": "none"})),
+        (
+            "options.yaml",
+            "drop-ratio: 0.5\nlearning_rate: 1e-4\njson: true\nprompt_file: null\ntracking: none\n",
+        ),
+        (
+            "options.json",
+            json.dumps({"drop_ratio": 0.5, "learning_rate": 1e-4, "json": True, "tracking": "none"}),
+        ),
     ],
 )
 def test_a_file_gives_defaults_that_flags_override(tmp_path: Path, name: str, text: str) -> None:

@@ -16,15 +16,15 @@ PLAN_VERSION = 1
 class SPDLlamaConfig(LlamaConfig):
     """A Llama config plus ``spd_plan``, the plan of the model as megatron_spd wrote it.
 
-    What is read of the plan: ``version``; ``branches`` (G); ``sync_points``, 2L times "full" or "none" (point 2i follows
-    the attention of block i, point 2i + 1 its MLP); ``blocks[i].attention_shift`` and ``.mlp_shift``. Without a plan
-    nothing is dropped. Raises ValueError for a plan of another version or one that does not fit the model.
+    What is read of the plan: ``version``; ``branches`` (G); ``sync_points``, 2L times "full" or "none" (point 2i
+    follows the attention of block i, point 2i + 1 its MLP); ``blocks[i].attention_shift`` and ``.mlp_shift``. Without
+    a plan nothing is dropped. Raises ValueError for a plan of another version or one that does not fit the model.
     """
 
     model_type = "spd_llama"
     # The plans of a dense Llama would shard and place weights by a formula that this model does not follow.
-    base_model_tp_plan = None
-    base_model_pp_plan = None
+    base_model_tp_plan = None  # type: ignore[assignment]
+    base_model_pp_plan = None  # type: ignore[assignment]
 
     def __init__(self, spd_plan: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -2,16 +2,16 @@
 
 This file is shipped inside exported model folders: it needs torch and transformers and nothing else.
 
-The rule. The state between sublayers is X, the synced residual, and P_g, branch g's pending partial sum. For each sublayer
-(attention or MLP) with output bias b and optional shift c_g:
+The rule. The state between sublayers is X, the synced residual, and P_g, branch g's pending partial sum. For each
+sublayer (attention or MLP) with output bias b and optional shift c_g:
 
     z_g = norm(X + P_g + c_g);   P_g += sublayer_g(z_g);   X += b
     if the sync point after it is kept:   X += sum over g of P_g;   P_g = 0
 
-Branch g holds the g-th of G equal contiguous parts of the key/value groups (with their query heads) and of the MLP neurons.
-With every point kept this is the dense Llama, and blocks in which nothing is dropped, pending or shifted are transformers'
-own. The others reuse its attention and MLP (RoPE, cache, attention kernels) and change only their projections, which take
-and give tensors whose last axis holds the branches one after the other, [b, s, G * h].
+Branch g holds the g-th of G equal contiguous parts of the key/value groups (with their query heads) and of the MLP
+neurons. With every point kept this is the dense Llama, and blocks in which nothing is dropped, pending or shifted are
+transformers' own. The others reuse its attention and MLP (RoPE, cache, attention kernels) and change only their
+projections, which take and give tensors whose last axis holds the branches one after the other, [b, s, G * h].
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaMLP,
+    LlamaModel,
     LlamaRMSNorm,
 )
 
@@ -51,7 +52,7 @@ class BranchInputLinear(nn.Linear):
 
 
 class BranchOutputLinear(nn.Linear):
-    """A projection whose input columns are split over branches (o_proj, down_proj), without its bias, which belongs to X.
+    """A projection whose input columns are split over branches (o_proj, down_proj). Its bias belongs to X: not added.
 
     [b, s, in] -> [b, s, out], the sum over branches; if ``partial`` [b, s, G * out], each branch's own part.
     """
@@ -72,6 +73,8 @@ class BranchOutputLinear(nn.Linear):
 class SPDLlamaAttention(LlamaAttention):
     """transformers' attention over all heads, with projections by branch."""
 
+    o_proj: BranchOutputLinear
+
     def __init__(self, config: SPDLlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -83,6 +86,8 @@ class SPDLlamaAttention(LlamaAttention):
 
 class SPDLlamaMLP(LlamaMLP):
     """transformers' MLP over all neurons, with projections by branch."""
+
+    down_proj: BranchOutputLinear
 
     def __init__(self, config: SPDLlamaConfig, layer_idx: int) -> None:
         super().__init__(config)
@@ -102,12 +107,16 @@ class SPDLlamaDecoderLayer(LlamaDecoderLayer):
     transformers' loop over layers, gradient checkpointing and device placement work as they are.
     """
 
+    self_attn: SPDLlamaAttention
+    mlp: SPDLlamaMLP
+
     def __init__(self, config: SPDLlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.self_attn = SPDLlamaAttention(config, layer_idx)
         self.mlp = SPDLlamaMLP(config, layer_idx)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    # transformers passes everything but the hidden states by keyword, and the attention takes what it needs.
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         x, pending = split_state(hidden_states, self.hidden_size)
         z = branch_input(x, pending, getattr(self.self_attn, "spd_shift", None), self.input_layernorm)
         out, _ = self.self_attn(hidden_states=z, **kwargs)
@@ -154,7 +163,7 @@ def sum_branches(pending: Tensor, hidden_size: int) -> Tensor:
     return pending.unflatten(-1, (-1, hidden_size)).sum(-2)
 
 
-def _sync_recorded_states(model: nn.Module, args: Any, output: Any) -> None:
+def _sync_recorded_states(model: LlamaModel, args: Any, output: Any) -> None:
     """Forward hook: where ``output_hidden_states`` recorded X and P, give X + sum over g of P_g, as if synced there."""
     recorded = getattr(output, "hidden_states", None)
     if recorded is not None:
@@ -170,7 +179,7 @@ class SPDLlamaForCausalLM(LlamaForCausalLM):
 
     config_class = SPDLlamaConfig
     # Tensor parallelism by transformers' own rules would compute the dense formula.
-    _tp_plan = None
+    _tp_plan = None  # type: ignore[assignment]
 
     def __init__(self, config: SPDLlamaConfig) -> None:
         super().__init__(config)

@@ -53,7 +53,7 @@ def test_no_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_text_of_few_characters_for_each_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """The first attempt takes too few characters where words are longer than expected: the text must be taken further."""
+    """Where words are longer than expected the first attempt is too short, and more of the text must be taken."""
     text = " internationalization" * 3000
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(text) / len(whole) > 6
