@@ -1,4 +1,5 @@
-"""The commands of the command line: options in, a JSON-able result out. Each runs on every launched rank; the main one writes."""
+"""The commands of the command line: options in, a JSON-able result out. Each runs on every launched rank; the
+main one writes."""
 
 from __future__ import annotations
 
@@ -6,8 +7,6 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_spd import stages
 from megatron_spd.checkpoint.hf import CheckpointReader
@@ -52,7 +51,7 @@ def sensitivity(options: SensitivityOptions) -> dict[str, Any]:
     tokens = stages.calibration_tokens(reader, options)
     out = _output_file(options.out)
     runtime = initialize()
-    streamer = stages.make_streamer(reader, runtime, plan)
+    streamer = stages.make_streamer(reader, runtime, plan, dtype=options.dtype)
     unfinished = out.with_name(out.name + ".unfinished")
     order = "" if plan is None else plan.to_json()
     result = sweep(streamer, tokens, options.branches, options.method, options.sync_points, unfinished, order)
@@ -79,9 +78,13 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         raise UserError(f"no sensitivity file at {path}; make one with `megatron-spd sensitivity`")
     try:
         measured = json.loads(path.read_text(encoding="utf-8"))
-        made, thresholds = stages.choose_plan(reader.base_model(), options.branches, measured, options, options.model)
+        made, thresholds = stages.choose_plan(
+            reader.base_model(), options.branches, measured, options, options.model
+        )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a sensitivity file ({error!r}); make one with `megatron-spd sensitivity`") from None
+        raise UserError(
+            f"{path} is not a sensitivity file ({error!r}); make one with `megatron-spd sensitivity`"
+        ) from None
     made = made.with_provenance(
         sensitivity={k: measured.get(k) for k in ("data", "tokens", "method", "plain_perplexity")},
         thresholds=dataclasses.asdict(thresholds),
@@ -109,7 +112,11 @@ def group(options: GroupOptions) -> dict[str, Any]:
         made.save(_output_file(options.out))
     shutdown()
     grouped = {i: b.kv_group_order for i, b in enumerate(made.blocks) if b.kv_group_order is not None}
-    return {"out": options.out, "grouped": grouped, "text": f"{len(grouped)} blocks have grouped heads; plan: {options.out}"}
+    return {
+        "out": options.out,
+        "grouped": grouped,
+        "text": f"{len(grouped)} blocks have grouped heads; plan: {options.out}",
+    }
 
 
 def distill(options: DistillOptions) -> dict[str, Any]:
@@ -124,7 +131,9 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     with Tracker(options.tracking, folder, runtime.is_main) as tracker:
         tracker.config(dataclasses.asdict(options))
         tracker.plan_artifact(options.plan)
-        records = stages.run_distillation(reader, runtime, given, tokens, settings, folder / "distill", tracker)
+        records = stages.run_distillation(
+            reader, runtime, given, tokens, settings, folder / "distill", tracker
+        )
         columns = ["blocks", "loss_before", "loss_after", "kept"]
         tracker.table("units", columns, [[str(r["blocks"]), *(r[c] for c in columns[1:])] for r in records])
     shutdown()
@@ -173,7 +182,11 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     streamer = stages.make_streamer(reader, runtime, dtype=options.dtype, micro_batch=options.batch_size)
     perplexity, count = plan_perplexity(streamer, made or SPDPlan.dense(base, 1), tokens)
     shutdown()
-    kind = "plain" if made is None else f"SPD, {len(made.dropped)} of {len(made.sync_points)} sync points dropped"
+    kind = (
+        "plain"
+        if made is None
+        else f"SPD, {len(made.dropped)} of {len(made.sync_points)} sync points dropped"
+    )
     return {
         "perplexity": perplexity,
         "tokens": count,

@@ -137,9 +137,7 @@ class TrainingOptions(CommonOptions):
     tracking: Literal["wandb", "none"] = _option(
         "Weights & Biases (offline unless configured) or none", "wandb"
     )
-    max_minutes: float | None = _option(
-        "stop training after this wall time and keep what is best so far", None
-    )
+    max_minutes: float | None = _option("cut training short so that the command takes about this long", None)
     seed: int = _option("seed of every random choice", 1234)
     tensor_parallel: int | None = _option(
         "tensor-parallel ranks of one replica (M); the launched ranks' other factor is data parallel; default: all",
@@ -173,7 +171,8 @@ class SensitivityOptions(ModelOptions, DataOptions, RankOptions):
         "algorithm1: blocks from the last to the first (the paper); single: each point alone", "both"
     )
     sync_points: SyncPoints = _option("the points measured alone", "any")
-    plan: str | None = _option("plan whose groupings and shifts are applied while measuring", None)
+    plan: str | None = _option("plan whose head grouping is applied while measuring", None)
+    dtype: DType = _option("type of weights and activations", "fp32")
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,8 @@
 """``megatron-spd run``: the whole chain into one run folder, stage by stage, resumable.
 
-    RUN/run.json            what this run is; another model, text or setting is refused
-    RUN/stages/*.json       the result and wall time of every finished stage
-    RUN/sensitivity.json    RUN/plan.json    RUN/distill/    RUN/export/    RUN/report/    RUN/results.json
+RUN/run.json            what this run is; another model, text or setting is refused
+RUN/stages/*.json       the result and wall time of every finished stage
+RUN/sensitivity.json    RUN/plan.json    RUN/distill/    RUN/export/    RUN/report/    RUN/results.json
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_spd import stages
-from megatron_spd.calibration.text import read_text
+from megatron_spd.calibration.stream import BlockStreamer
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.config import RunOptions
 from megatron_spd.distill.tracking import Tracker
@@ -30,12 +30,22 @@ from megatron_spd.plan import SPDPlan
 from megatron_spd.report.files import write_atomic
 from megatron_spd.report.html import write_report
 from megatron_spd.runtime.distributed import Runtime
-from megatron_spd.sensitivity.sweep import sweep
+from megatron_spd.sensitivity.sweep import Method, sweep
 
 PROMPT = "The most important thing about a network of computers is"
 _SAMPLE_TOKENS = 40
 #: Options that may differ when a run is continued.
-_FREE_OPTIONS = {"config", "json", "debug", "local_rank", "max_minutes", "tracking", "out", "ranks", "tensor_parallel"}
+_FREE_OPTIONS = {
+    "config",
+    "json",
+    "debug",
+    "local_rank",
+    "max_minutes",
+    "tracking",
+    "out",
+    "ranks",
+    "tensor_parallel",
+}
 
 
 class RunFolder:
@@ -73,7 +83,9 @@ class RunFolder:
     def stage(self, name: str, work: Callable[[], Any]) -> Any:
         """The JSON-able result of ``work()``, from the folder if the stage is finished. The same on every rank."""
         path = self.folder / "stages" / f"{name}.json"
-        held = self.runtime.from_main(json.loads(path.read_text()) if self.runtime.is_main and path.is_file() else None)
+        held = self.runtime.from_main(
+            json.loads(path.read_text()) if self.runtime.is_main and path.is_file() else None
+        )
         if held is not None:
             return held["result"]
         started = time.monotonic()
@@ -107,7 +119,9 @@ def _texts(reader: CheckpointReader, options: RunOptions) -> tuple[Tensor, Tenso
     return tokens, training, stages.calibration_tokens(reader, scored, options.eval_sequences, used)
 
 
-def _identity(reader: CheckpointReader, options: RunOptions, tokens: Tensor, scoring: Tensor) -> dict[str, Any]:
+def _identity(
+    reader: CheckpointReader, options: RunOptions, tokens: Tensor, scoring: Tensor
+) -> dict[str, Any]:
     named = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE_OPTIONS}
     texts = hashlib.sha256(tokens.numpy().tobytes() + scoring.numpy().tobytes()).hexdigest()
     return {"fingerprint": reader.fingerprint(), "text": texts, **named}
@@ -134,7 +148,9 @@ class _Pipeline:
         measured = self.folder.stage("sensitivity", lambda: self._sensitivity(tokens))
         self.folder.write_json("sensitivity.json", measured)
         base = self.reader.base_model()
-        chosen, thresholds = stages.choose_plan(base, self.options.branches, measured, self.options, self.options.model)
+        chosen, thresholds = stages.choose_plan(
+            base, self.options.branches, measured, self.options, self.options.model
+        )
         plain = self.folder.stage("evaluate plain", lambda: self._perplexity(SPDPlan.dense(base, 1), scoring))
         zero_shot = self.folder.stage("evaluate zero-shot", lambda: self._perplexity(chosen, scoring))
         plan = SPDPlan.from_dict(self.folder.stage("group", lambda: self._group(chosen, tokens)))
@@ -168,9 +184,15 @@ class _Pipeline:
         return self._finish(results)
 
     def _finish(self, results: dict[str, Any]) -> dict[str, Any]:
-        results["stage_seconds"] = self.runtime.from_main(self.folder.seconds() if self.runtime.is_main else None)
+        results["stage_seconds"] = self.runtime.from_main(
+            self.folder.seconds() if self.runtime.is_main else None
+        )
         report = self.path / "report"
-        results["paths"] = {"checkpoint": str(self.path / "export"), "report": str(report / "report.html"), "plots": str(report)}
+        results["paths"] = {
+            "checkpoint": str(self.path / "export"),
+            "report": str(report / "report.html"),
+            "plots": str(report),
+        }
         self.folder.write_json("results.json", results)
         if self.runtime.is_main:
             write_report(results, report)
@@ -180,23 +202,28 @@ class _Pipeline:
 
     def _sensitivity(self, tokens: Tensor) -> dict[str, Any]:
         which = self.options.sync_points
-        method = "algorithm1" if which == "attention" else "single"
-        streamer = stages.make_streamer(self.reader, self.runtime)
-        result = sweep(streamer, tokens, self.options.branches, method, which, self.path / "sensitivity.unfinished")
+        method: Method = "algorithm1" if which == "attention" else "single"
+        streamer = self._streamer(self.reader)
+        result = sweep(
+            streamer, tokens, self.options.branches, method, which, self.path / "sensitivity.unfinished"
+        )
         return result | {"fingerprint": self.reader.fingerprint()}
+
+    def _streamer(self, reader: CheckpointReader) -> BlockStreamer:
+        return stages.make_streamer(reader, self.runtime, dtype=self.options.dtype)
 
     def _perplexity(self, plan: SPDPlan, tokens: Tensor) -> float:
         what = "zero-shot perplexity" if plan.dropped else "plain perplexity"
-        return plan_perplexity(stages.make_streamer(self.reader, self.runtime), plan, tokens, what)[0]
+        return plan_perplexity(self._streamer(self.reader), plan, tokens, what)[0]
 
     def _exported_perplexity(self, tokens: Tensor) -> float:
         """Of the files as written: what a user of the export gets."""
         exported = CheckpointReader(self.path / "export")
         assert exported.plan is not None
-        return plan_perplexity(stages.make_streamer(exported, self.runtime), exported.plan, tokens, "final perplexity")[0]
+        return plan_perplexity(self._streamer(exported), exported.plan, tokens, "final perplexity")[0]
 
     def _group(self, plan: SPDPlan, tokens: Tensor) -> dict[str, Any]:
-        plan = stages.group_plan(stages.make_streamer(self.reader, self.runtime), plan, tokens)
+        plan = stages.group_plan(self._streamer(self.reader), plan, tokens)
         return plan.to_dict()
 
     def _distill(self, plan: SPDPlan, tokens: Tensor) -> list[dict[str, Any]]:
@@ -204,7 +231,9 @@ class _Pipeline:
         if self.options.max_minutes is not None:
             # What is left of the time, less what the stages after this one will take.
             scoring = self.folder.seconds().get("evaluate zero-shot", 0.0)
-            seconds = max(0.0, self.options.max_minutes * 60 - (time.monotonic() - self.started) - 3 * scoring)
+            seconds = max(
+                0.0, self.options.max_minutes * 60 - (time.monotonic() - self.started) - 3 * scoring
+            )
             seconds = self.runtime.from_main(seconds)
         settings = stages.distill_settings(self.options, seconds)
         return stages.run_distillation(
@@ -212,7 +241,9 @@ class _Pipeline:
         )
 
     def _export(self, plan: SPDPlan) -> list[int]:
-        exported = stages.write_export(self.reader, self.runtime, plan, self.path / "distill", self.path / "export")
+        exported = stages.write_export(
+            self.reader, self.runtime, plan, self.path / "distill", self.path / "export"
+        )
         if self.runtime.is_main:
             exported.save(self.path / "plan.json")
         return exported.dropped
@@ -231,9 +262,10 @@ class _Pipeline:
         calibration = o.data or "embedded text"
         scored = o.eval_data or f"{calibration}, pieces after those"
         return (
-            f"Sensitivity on the first {len(tokens)} pieces of {tokens.shape[1]} tokens of {calibration}, distillation on its first "
-            f"{len(training)}; scored on {len(scoring)} pieces of {scored}. Every piece stands alone and is scored from its "
-            "second token. All-reduces and bytes count the blocks' sync points, for each token and rank."
+            f"Sensitivity on the first {len(tokens)} pieces of {tokens.shape[1]} tokens of {calibration}, "
+            f"distillation on its first {len(training)}; scored on {len(scoring)} pieces of {scored}. Every piece "
+            "stands alone and is scored from its second token. All-reduces and bytes count the blocks' sync points, "
+            "for each token and rank."
         )
 
     def _track(self, results: dict[str, Any]) -> None:
@@ -241,7 +273,9 @@ class _Pipeline:
         measured = results["sensitivity"]
         rows = [[e[c] for c in columns] for e in measured["single"] or ()]
         for e in measured["algorithm1"] or ():
-            rows.append([2 * e["block"], e["block"], "attention (Algorithm 1)", e["perplexity"], e["sensitivity"]])
+            rows.append(
+                [2 * e["block"], e["block"], "attention (Algorithm 1)", e["perplexity"], e["sensitivity"]]
+            )
         self.tracker.table("sensitivity", columns, rows)
         summary = {f"perplexity/{k}": v for k, v in results["perplexity"].items()}
         self.tracker.summary(summary | {"dropped": len(results["dropped"])})
@@ -252,7 +286,9 @@ def read_results(folder: Path) -> dict[str, Any]:
     """The results of a finished run. Raises UserError if there are none."""
     path = folder / "results.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no finished run (no results.json); finish it with `megatron-spd run --out {folder}`")
+        raise UserError(
+            f"{folder} holds no finished run (no results.json); finish it with `megatron-spd run --out {folder}`"
+        )
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -78,7 +78,8 @@ def _as_index(value: Any) -> int:
 class BaseModel:
     """The dense model that a plan was made for.
 
-    ``fingerprint`` is the hash that :meth:`megatron_spd.checkpoint.hf.CheckpointReader.fingerprint` takes of its weights and config.
+    ``fingerprint`` is the hash that :meth:`megatron_spd.checkpoint.hf.CheckpointReader.fingerprint` takes of
+    its weights and config.
     """
 
     fingerprint: str
@@ -117,7 +118,9 @@ class BaseModel:
                 )
 
     def _divides(self, g: int) -> bool:
-        return not (self.num_attention_heads % g or self.num_key_value_heads % g or self.intermediate_size % g)
+        return not (
+            self.num_attention_heads % g or self.num_key_value_heads % g or self.intermediate_size % g
+        )
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,11 @@ class SPDPlan:
     def from_dict(cls, raw: Any) -> SPDPlan:
         """The plan in a parsed JSON object. Raises PlanError that names the first wrong field."""
         if isinstance(raw, dict) and (type(raw.get("version")) is not int or raw["version"] != PLAN_VERSION):
-            _fail("version", raw.get("version"), f"{PLAN_VERSION} (this package reads no other; remake the plan)")
+            _fail(
+                "version",
+                raw.get("version"),
+                f"{PLAN_VERSION} (this package reads no other; remake the plan)",
+            )
         fields = _take(raw, cls, "")
         fields["base_model"] = BaseModel(**_take(fields["base_model"], BaseModel, "base_model"))
         if not isinstance(fields["blocks"], list):

@@ -42,7 +42,9 @@ from megatron_spd.sensitivity.tiers import (
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers")
 
 
-def calibration_tokens(reader: CheckpointReader, options: DataOptions, sequences: int | None = None, skip: int = 0) -> Tensor:
+def calibration_tokens(
+    reader: CheckpointReader, options: DataOptions, sequences: int | None = None, skip: int = 0
+) -> Tensor:
     """Token pieces [sequences, seq_length] of ``--data``; ``skip`` pieces are passed over first."""
     text = read_text(options.data)
     return token_batches(reader.tokenizer(), text, sequences or options.sequences, options.seq_length, skip)
@@ -77,12 +79,14 @@ def make_streamer(
     dtype: str = "fp32",
     micro_batch: int = 8,
 ) -> BlockStreamer:
-    """A streamer over the model's final weights: an export's own, or the base model's in the plan's order, with distilled blocks
-    in their place."""
+    """A streamer over the model's final weights: an export's own, or the base model's in the plan's order,
+    with distilled blocks in their place."""
     return BlockStreamer(reader, runtime, DTYPES[dtype], final_weights(reader, plan, distilled), micro_batch)
 
 
-def final_weights(reader: CheckpointReader, plan: SPDPlan | None, distilled: Path | None = None) -> BlockWeights:
+def final_weights(
+    reader: CheckpointReader, plan: SPDPlan | None, distilled: Path | None = None
+) -> BlockWeights:
     """Block weights as they are run and exported (see :func:`make_streamer`)."""
     if reader.plan is not None or plan is None:
         return reader.block
@@ -100,13 +104,18 @@ def choose_plan(
 ) -> tuple[SPDPlan, Thresholds]:
     """The plan that ``options`` make of a sensitivity measurement, and the tier thresholds used.
 
-    Points: a ratio or count of the least sensitive ones, a perplexity budget, or, if none is given, all points but the extremely
-    sensitive. Raises UserError if the measurement is of another model or G, or lacks scores.
+    Points: a ratio or count of the least sensitive ones, a perplexity budget, or, if none is given, all
+    points but the extremely sensitive. Raises UserError if the measurement is of another model or G, or lacks
+    scores.
     """
     if sensitivity.get("fingerprint") not in (None, base.fingerprint):
-        raise UserError(f"the sensitivity file is of another model than {name}; measure again with `megatron-spd sensitivity`")
+        raise UserError(
+            f"the sensitivity file is of another model than {name}; measure again with `megatron-spd sensitivity`"
+        )
     if sensitivity["branches"] != branches:
-        raise UserError(f"the sensitivity file was measured with G = {sensitivity['branches']}, not G = {branches}; measure again")
+        raise UserError(
+            f"the sensitivity file was measured with G = {sensitivity['branches']}, not G = {branches}; measure again"
+        )
     scores = scores_from(sensitivity, options.sync_points)
     if options.tau1 is not None and options.tau2 is not None:
         thresholds = Thresholds(options.tau1, options.tau2)
@@ -126,20 +135,25 @@ def choose_plan(
     plan = SPDPlan.dense(base, branches).with_drops(dropped)
     recovery = {"ISB": "zs", "SB": "b2b", "ESB": "hg+b2b"}
     for block, tier in block_tiers(scores, dropped, thresholds).items():
-        plan = plan.with_block(block, tier=tier, recovery="zs" if options.recovery == "zs" else recovery[tier])
+        plan = plan.with_block(
+            block, tier=tier, recovery="zs" if options.recovery == "zs" else recovery[tier]
+        )
     return plan, thresholds
 
 
 def group_plan(streamer: BlockStreamer, plan: SPDPlan, tokens: Tensor) -> SPDPlan:
     """The plan with heads regrouped in every block whose recovery asks for it (SPD paper, section 4.3).
 
-    ``streamer`` walks the base weights in their original order. The main rank decides, so that all ranks agree to the bit.
+    ``streamer`` walks the base weights in their original order. The main rank decides, so that all ranks
+    agree to the bit.
     """
     wanted = [i for i, b in enumerate(plan.blocks) if b.recovery == "hg+b2b" and b.kv_group_order is None]
     if not wanted:
         return plan
     reader, runtime = streamer.reader, streamer.runtime
-    settings = AttentionSettings(reader.head_dim, inverse_frequencies(streamer.shape), reader.config["rms_norm_eps"])
+    settings = AttentionSettings(
+        reader.head_dim, inverse_frequencies(streamer.shape), reader.config["rms_norm_eps"]
+    )
     x = streamer.embed(tokens)
     with progress_bar(runtime, "group heads", max(wanted) + 1, "block") as bar:
         for block in range(max(wanted) + 1):
@@ -147,7 +161,8 @@ def group_plan(streamer: BlockStreamer, plan: SPDPlan, tokens: Tensor) -> SPDPla
                 order = None
                 if runtime.is_main:
                     inputs = torch.cat(x, 1).float().cpu()
-                    order = group_heads(reader.block(block), inputs, plan.base_model, plan.branches, settings)
+                    weights = {name: t.float() for name, t in reader.block(block).items()}
+                    order = group_heads(weights, inputs, plan.base_model, plan.branches, settings)
                 plan = plan.with_block(block, kv_group_order=runtime.from_main(order))
             x = streamer.advance(block, x)
             bar.update()
@@ -181,16 +196,20 @@ def run_distillation(
 ) -> list[dict[str, Any]]:
     """Distil the plan's units into ``folder``; the records of all of them."""
     store = UnitStore(folder, settings.identity(plan, tokens), runtime)
-    streamer = make_streamer(reader, runtime, plan, micro_batch=settings.engine.micro_batch_size)
+    streamer = make_streamer(
+        reader, runtime, plan, dtype=settings.engine.dtype, micro_batch=settings.engine.micro_batch_size
+    )
     records = distill(streamer, plan, tokens, settings, store, tracker)
     for record in records:
         record["recovery"] = plan.blocks[record["blocks"][-1]].recovery if record["kept"] else "zs"
     return records
 
 
-def write_export(reader: CheckpointReader, runtime: Runtime, plan: SPDPlan, distilled: Path | None, out: Path) -> SPDPlan:
-    """Export the model on the main rank and return the plan as exported: with provenance, and with the recovery that each block
-    really got."""
+def write_export(
+    reader: CheckpointReader, runtime: Runtime, plan: SPDPlan, distilled: Path | None, out: Path
+) -> SPDPlan:
+    """Export the model on the main rank and return the plan as exported: with provenance, and with the
+    recovery that each block really got."""
     plan = plan.with_provenance(versions=package_versions())
     if runtime.is_main:
         export(reader, plan, final_weights(reader, plan, distilled), out)
@@ -210,8 +229,9 @@ def package_versions() -> dict[str, str]:
 
 
 def traffic(plan: SPDPlan, itemsize: int) -> dict[str, dict[str, int]]:
-    """All-reduces and bytes that enter them, for each token and rank, before and after (blocks only; the embedding's all-reduce and
-    the output layer's gather stay as they are). ``itemsize``: bytes of an activation element."""
+    """All-reduces and bytes that enter them, for each token and rank, before and after (blocks only; the
+    embedding's all-reduce and the output layer's gather stay as they are). ``itemsize``: bytes of an
+    activation element."""
     before, after = len(plan.sync_points), plan.collectives_per_forward()
     size = plan.base_model.hidden_size * itemsize
     return {

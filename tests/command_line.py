@@ -1,4 +1,5 @@
-"""The command line inside the test's own process: the same code as `megatron-spd`, without a start of seconds each time."""
+"""The command line inside the test's own process: the same code as `megatron-spd`, without a start of seconds
+each time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Run a function on several real gloo ranks, with a time-out.
 
-Ranks are kept alive between tests (importing torch and Megatron-core takes longer than most tests); a time-out or an error in
-a collective ends the whole pool, and the next call starts a fresh one.
+Ranks are kept alive between tests (importing torch and Megatron-core takes longer than most tests); a
+time-out or an error in a collective ends the whole pool, and the next call starts a fresh one.
 """
 
 from __future__ import annotations
@@ -95,8 +95,11 @@ class RankPool:
         _pools.pop(len(self._ranks), None)
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, **kwargs: Any) -> list[Any]:
-    """``function(*args, **kwargs)`` on every rank of a world; the answers in rank order. ``function`` must be importable.
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, **kwargs: Any
+) -> list[Any]:
+    """``function(*args, **kwargs)`` on every rank of a world; the answers in rank order. ``function`` must be
+    importable.
 
     Raises RankError with the rank's traceback, or if a rank dies or is silent for ``timeout`` seconds.
     """

@@ -113,7 +113,11 @@ def blocks_forward(
 
 
 def random_block(
-    shape: Shape, branches: int, generator: torch.Generator, biases: bool, shifts: tuple[bool, bool] = (False, False)
+    shape: Shape,
+    branches: int,
+    generator: torch.Generator,
+    biases: bool,
+    shifts: tuple[bool, bool] = (False, False),
 ) -> dict[str, Tensor]:
     """Random float64 weights of one block, scaled so that branch effects are large."""
 

@@ -1,7 +1,8 @@
 """Hidden states block by block: weights come and go, activations stay.
 
-A *stream* is the hidden states of the whole token set in front of some block: a list of micro-batches [s, b, h]. Streams are
-advanced one block at a time, so a block's weights are read once for all of them and no more than one block is in memory.
+A *stream* is the hidden states of the whole token set in front of some block: a list of micro-batches [s, b,
+h]. Streams are advanced one block at a time, so a block's weights are read once for all of them and no more
+than one block is in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from megatron_spd.runtime.distributed import Runtime
 
 BlockWeights = Callable[[int], Mapping[str, Tensor]]
 
-#: Token positions whose logits are computed at a time: large enough for the matrix multiply, small enough for the cache.
+#: Token positions whose logits are computed at a time: large enough for the matrix multiply, small enough for
+#: the cache.
 _SCORE_ROWS = 512
 
 _STOCK = BlockSchedule(branches=1)
@@ -41,7 +43,12 @@ class BlockStreamer:
     """
 
     def __init__(
-        self, reader: CheckpointReader, runtime: Runtime, dtype: torch.dtype, weights: BlockWeights, micro_batch: int = 8
+        self,
+        reader: CheckpointReader,
+        runtime: Runtime,
+        dtype: torch.dtype,
+        weights: BlockWeights,
+        micro_batch: int = 8,
     ) -> None:
         self.reader = reader
         self.runtime = runtime
@@ -67,7 +74,8 @@ class BlockStreamer:
             raise UserError(f"token {int(tokens.max())} is outside the model's vocabulary of {len(table)}")
         batches = tokens.split(self.micro_batch)
         return [
-            F.embedding(b, table).transpose(0, 1).to(self.runtime.device, self.dtype).contiguous() for b in batches
+            F.embedding(b, table).transpose(0, 1).to(self.runtime.device, self.dtype).contiguous()
+            for b in batches
         ]
 
     def unit(self, block: int, schedule: BlockSchedule | None = None) -> BlockUnit:

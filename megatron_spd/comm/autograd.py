@@ -5,7 +5,8 @@ another function, so on each rank the gradient of everything replicated is a par
 exact with one collective each way:
 
 - :func:`enter_segment`: identity forward, all-reduce backward; X passes through it once per segment.
-- :func:`leave_segment`: ``X + all_reduce(pending)``. Its gradient into X belongs to no rank in particular; it is given to the
+- :func:`leave_segment`: ``X + all_reduce(pending)``. Its gradient into X belongs to no rank in particular; it
+  is given to the
   first rank alone, so that the all-reduce at the segment's entry counts it exactly once, without a rounding error.
 - :func:`share_parameters`: replicated parameters that ranks use differently (norms, biases used before a sync):
   identity forward, one coalesced all-reduce backward.

@@ -19,8 +19,8 @@ from megatron_spd.runtime.cpu import without_compiled_collectives
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What the recipe asks of DeepSpeed. ``config_file``: a ds_config.json; what it sets wins, what it lacks or calls "auto" comes
-    from the other fields."""
+    """What the recipe asks of DeepSpeed. ``config_file``: a ds_config.json; what it sets wins, what it lacks
+    or calls "auto" comes from the other fields."""
 
     learning_rate: float
     micro_batch_size: int
@@ -36,8 +36,8 @@ class EngineSettings:
 def deepspeed_config(settings: EngineSettings, steps: int) -> dict[str, Any]:
     """The whole DeepSpeed configuration for a unit of ``steps`` optimizer steps.
 
-    Raises UserError for a file that is missing or no JSON, for an unknown ZeRO stage, and for bf16 without ZeRO (DeepSpeed then keeps
-    no float32 weights).
+    Raises UserError for a file that is missing or no JSON, for an unknown ZeRO stage, and for bf16 without
+    ZeRO (DeepSpeed then keeps no float32 weights).
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
@@ -69,11 +69,17 @@ def deepspeed_config(settings: EngineSettings, steps: int) -> dict[str, Any]:
     config = _overlay(config, _read(settings.config_file))
     stage, bf16 = config["zero_optimization"].get("stage", 0), config["bf16"].get("enabled")
     if stage not in (0, 1, 2):
-        raise UserError(f"ZeRO stage {stage} was asked for; block-to-block distillation runs with stage 0, 1 or 2")
+        raise UserError(
+            f"ZeRO stage {stage} was asked for; block-to-block distillation runs with stage 0, 1 or 2"
+        )
     if bf16 and stage == 0:
-        raise UserError("bf16 with ZeRO stage 0 was asked for; use --zero-stage 1 or 2 with bf16, or --dtype fp32")
+        raise UserError(
+            "bf16 with ZeRO stage 0 was asked for; use --zero-stage 1 or 2 with bf16, or --dtype fp32"
+        )
     if bool(bf16) != (settings.dtype == "bf16"):
-        raise UserError(f"the DeepSpeed config has bf16 enabled = {bf16}, but --dtype is {settings.dtype}; make them agree")
+        raise UserError(
+            f"the DeepSpeed config has bf16 enabled = {bf16}, but --dtype is {settings.dtype}; make them agree"
+        )
     return config
 
 
@@ -87,13 +93,15 @@ def _read(path: str | None) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"the DeepSpeed config {path} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise UserError(f"the DeepSpeed config {path} holds a {type(config).__name__}; an object was expected")
+        raise UserError(
+            f"the DeepSpeed config {path} holds a {type(config).__name__}; an object was expected"
+        )
     return config
 
 
 def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``, section by section: "auto" leaves ours, null removes it, another "type" (of optimizer or scheduler)
-    replaces it with the learning rate filled in."""
+    """``top`` over ``base``, section by section: "auto" leaves ours, null removes it, another "type" (of
+    optimizer or scheduler) replaces it with the learning rate filled in."""
     merged = dict(base)
     for key, value in top.items():
         ours = base.get(key)
@@ -110,7 +118,8 @@ def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_parallel_unit() -> SimpleNamespace:
-    """What DeepSpeed calls ``mpu``: how it learns which ranks share a model, for gradient norms and data-parallel averages."""
+    """What DeepSpeed calls ``mpu``: how it learns which ranks share a model, for gradient norms and
+    data-parallel averages."""
     names = [name for name in dir(parallel_state) if name.startswith("get_")]
     mpu = SimpleNamespace(**{name: getattr(parallel_state, name) for name in names})
     mpu.get_model_parallel_rank = parallel_state.get_tensor_model_parallel_rank
@@ -127,7 +136,8 @@ def make_engine(student: nn.Module, config: dict[str, Any]) -> Any:
     without_compiled_collectives()
     # DeepSpeed insists on it; a process that no launcher started is the only one of its machine.
     os.environ.setdefault("LOCAL_RANK", "0")
-    logger.setLevel("WARNING")
+    # Its warnings go to standard output, one for every engine.
+    logger.setLevel("ERROR")
     trainable = [p for p in student.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=student,

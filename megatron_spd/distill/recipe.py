@@ -1,11 +1,12 @@
 """Block-to-block distillation (SPD paper, section 4.2) inside DeepSpeed.
 
-Teacher: the tensor-parallel blocks with every sync point kept. Student: the same blocks under the plan, initialised from the teacher's
-(permuted) weights. Both see the teacher's hidden states; the student learns the teacher's output. The unit is a run of blocks joined
-by dropped MLP points, a single block in the paper's case.
+Teacher: the tensor-parallel blocks with every sync point kept. Student: the same blocks under the plan,
+initialised from the teacher's (permuted) weights. Both see the teacher's hidden states; the student learns
+the teacher's output. The unit is a run of blocks joined by dropped MLP points, a single block in the paper's
+case.
 
-Units are independent and are kept as files: a killed run starts again at its first unfinished unit, whose random order of sequences
-depends on nothing but the seed, and so ends with the same weights.
+Units are independent and are kept as files: a killed run starts again at its first unfinished unit, whose
+random order of sequences depends on nothing but the seed, and so ends with the same weights.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ from megatron_spd.runtime.distributed import Runtime, tensor_parallel_seed
 @dataclass(frozen=True)
 class DistillSettings:
     """``engine``: what DeepSpeed gets; ``epochs`` over the training sequences; ``loss``: a name of ``losses.LOSSES``;
-    ``held_out``: share of the sequences that judge (at least one); ``max_seconds``: stop training after that, shared out over units."""
+    ``held_out``: share of the sequences that judge (at least one); ``max_seconds``: stop training after that,
+    shared out over units."""
 
     engine: EngineSettings
     epochs: int
@@ -76,15 +77,19 @@ def distill(
 ) -> list[dict[str, Any]]:
     """Train every unit that asks for it and leave its weights in ``store``; returns one record per unit.
 
-    ``streamer`` walks the base weights in the plan's order; ``tokens`` [n, s]. The records hold ``blocks``, ``loss_before`` and ``loss_after`` on
-    the held-out sequences, ``losses`` of the steps, and ``kept`` (False where training did not help and the initial weights stay).
+    ``streamer`` walks the base weights in the plan's order; ``tokens`` [n, s]. The records hold ``blocks``,
+    ``loss_before`` and ``loss_after`` on the held-out sequences, ``losses`` of the steps, and ``kept`` (False
+    where training did not help and the initial weights stay).
     """
     units = units_to_train(plan)
     if settings.loss not in LOSSES:
         raise UserError(f"loss {settings.loss!r} is not known; choose one of {sorted(LOSSES)}")
     if units and len(tokens) < 2:
-        raise UserError(f"distillation was given {len(tokens)} sequence(s); it needs at least 2 (one is held out)")
-    missing = [u for u in units if not store.has(u)]
+        raise UserError(
+            f"distillation was given {len(tokens)} sequence(s); it needs at least 2 (one is held out)"
+        )
+    # The main rank decides: others may see a shared disk late.
+    missing = streamer.runtime.from_main([u for u in units if not store.has(u)])
     clock = _Clock(settings.max_seconds, len(missing))
     x = streamer.embed(tokens) if missing else []
     block = 0
@@ -200,13 +205,15 @@ class _UnitTrainer:
         """This replica's micro-batches of all epochs, as sequence numbers; the same on all ranks of a replica."""
         seed = self.settings.seed * 1_000_003 + self.unit.start
         generator = torch.Generator().manual_seed(seed)
-        order = torch.cat([torch.randperm(sequences, generator=generator) for _ in range(self.settings.epochs)])
+        order = torch.cat(
+            [torch.randperm(sequences, generator=generator) for _ in range(self.settings.epochs)]
+        )
         least = len(order) // self.runtime.dp_size
         share = order[self.runtime.dp_rank :: self.runtime.dp_size][:least]
         if least < self.micro_batch * self.accumulation:
             raise UserError(
-                f"{sequences} training sequences x {self.settings.epochs} epochs give {least} to each replica, less than one "
-                f"step of {self.micro_batch} x {self.accumulation}; use more sequences or a smaller batch"
+                f"{sequences} training sequences x {self.settings.epochs} epochs give {least} to each replica, less "
+                f"than one step of {self.micro_batch} x {self.accumulation}; use more sequences or a smaller batch"
             )
         return [b for b in share.split(self.micro_batch) if len(b) == self.micro_batch]
 
@@ -221,9 +228,12 @@ class _UnitTrainer:
         return total / inputs.shape[1]
 
     def full_weights(self) -> dict[int, dict[str, Tensor]]:
-        """The student's blocks as full Hugging Face tensors on the main rank (empty elsewhere): a collective of the replica."""
+        """The student's blocks as full Hugging Face tensors on the main rank (empty elsewhere): a collective
+        of the replica."""
         return {
-            block: _gather(self.student.hf_shard(index, self.names[index]), self.runtime, self.student.shape.family)
+            block: _gather(
+                self.student.hf_shard(index, self.names[index]), self.runtime, self.student.shape.family
+            )
             for index, block in enumerate(self.unit)
         }
 

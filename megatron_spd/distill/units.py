@@ -54,14 +54,22 @@ class UnitStore:
         return json.loads(self._path(unit, "json").read_text(encoding="utf-8"))
 
     def save(
-        self, unit: range, blocks: Mapping[int, Mapping[str, Tensor]] | None, record: dict[str, Any], runtime: Runtime
+        self,
+        unit: range,
+        blocks: Mapping[int, Mapping[str, Tensor]] | None,
+        record: dict[str, Any],
+        runtime: Runtime,
     ) -> None:
-        """Keep a unit: ``blocks`` full tensors by block number (None: the initial weights stay), then its record. The record is
-        written last, so that its presence means that the weights are whole."""
+        """Keep a unit: ``blocks`` full tensors by block number (None: the initial weights stay), then its
+        record. The record is written last, so that its presence means that the weights are whole."""
         if not runtime.is_main:
             return
         if blocks is not None:
-            flat = {f"{block}:{name}": t.contiguous() for block, tensors in blocks.items() for name, t in tensors.items()}
+            flat = {
+                f"{block}:{name}": t.contiguous()
+                for block, tensors in blocks.items()
+                for name, t in tensors.items()
+            }
             path = self._path(unit, "safetensors")
             temporary = path.with_name(path.name + ".tmp")
             save_file(flat, temporary)
@@ -76,7 +84,8 @@ def distilled_block(folder: Path, block: int) -> dict[str, Tensor] | None:
         if first <= block <= last and path.with_suffix(".json").is_file():
             with safe_open(path, "pt") as file:
                 prefix = f"{block}:"
-                return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
+                names = [n for n in file.keys() if n.startswith(prefix)]  # noqa: SIM118 (not a dict)
+                return {n.removeprefix(prefix): file.get_tensor(n) for n in names}
     return None
 
 

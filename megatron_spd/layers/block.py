@@ -6,10 +6,11 @@ B = G / M branches, P [B, s, b, h]. For a sublayer with output bias b and option
     z_g = norm(X + P_g + c_g);   P_g += sublayer_g(z_g);   X += b
     if the sync point after it is kept:   X += all_reduce(sum_g P_g);   P = 0
 
-P travels from layer to layer as the ``context`` that Megatron-core's TransformerBlock hands on (it is not otherwise used by
-decoder-only models), so it survives activation recomputation.
+P travels from layer to layer as the ``context`` that Megatron-core's TransformerBlock hands on (it is not
+otherwise used by decoder-only models), so it survives activation recomputation.
 
-Between layers inside a segment the gradient of ``hidden_states`` is a partial sum over ranks (see ``comm/autograd.py``).
+Between layers inside a segment the gradient of ``hidden_states`` is a partial sum over ranks (see
+``comm/autograd.py``).
 """
 
 from __future__ import annotations
@@ -76,7 +77,13 @@ class SPDTransformerLayer(TransformerLayer):
             )
 
         x, pending = self._sublayer(
-            attention, "input_layernorm", self.attention_shift, self.schedule.drop_attention, shared, hidden_states, context
+            attention,
+            "input_layernorm",
+            self.attention_shift,
+            self.schedule.drop_attention,
+            shared,
+            hidden_states,
+            context,
         )
         return self._sublayer(
             self.mlp, "pre_mlp_layernorm", self.mlp_shift, self.schedule.drop_mlp, shared, x, pending
@@ -133,8 +140,9 @@ class SPDTransformerLayer(TransformerLayer):
         return torch.func.functional_call(module, parameters, (x,))
 
     def _dropout(self, output: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Hidden dropout: one mask [s, b, h] per sync point, the same on all ranks and branches and for the bias, so that
-        dropping the point changes where the output is summed and not what is dropped out of it."""
+        """Hidden dropout: one mask [s, b, h] per sync point, the same on all ranks and branches and for the
+        bias, so that dropping the point changes where the output is summed and not what is dropped out of
+        it."""
         if not self.training or self.hidden_dropout == 0.0:
             return output, bias
         mask = F.dropout(torch.ones_like(output[0]), self.hidden_dropout)

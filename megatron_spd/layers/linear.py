@@ -1,8 +1,8 @@
 """Megatron-core's parallel linears, for inputs and outputs that differ from branch to branch.
 
 Parameters, their sharding, initialisation, checkpoints and the matrix multiply are Megatron-core's own. What differs:
-no collective in either direction (the layer in ``block.py`` owns those), and a leading axis of the rank's local branches.
-With one local branch (M = G) the forward is Megatron-core's own forward.
+no collective in either direction (the layer in ``block.py`` owns those), and a leading axis of the rank's
+local branches. With one local branch (M = G) the forward is Megatron-core's own forward.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 class BranchColumnParallelLinear(ColumnParallelLinear):
     """Column-parallel linear whose input may differ between the rank's branches.
 
-    ``local_branches``: B = G / M. The output axis of the rank's weight is ``stride`` parts (gate and up of a gated MLP),
-    each of B equal runs of rows, one for a branch.
+    ``local_branches``: B = G / M. The output axis of the rank's weight is ``stride`` parts (gate and up of a
+    gated MLP), each of B equal runs of rows, one for a branch.
     """
 
     def __init__(self, *args: Any, local_branches: int, stride: int = 1, **kwargs: Any) -> None:

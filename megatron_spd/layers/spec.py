@@ -16,7 +16,8 @@ from megatron_spd.plan import BlockSchedule, SPDPlan
 
 
 def get_gpt_layer_spd_spec(config: TransformerConfig, plan: SPDPlan) -> TransformerBlockSubmodules:
-    """One layer spec per block of ``plan``: the stock spec where nothing is dropped or pending, the SPD layer elsewhere.
+    """One layer spec per block of ``plan``: the stock spec where nothing is dropped or pending, the SPD layer
+    elsewhere.
 
     ``config.tensor_model_parallel_size`` is M; each rank computes G / M branches. Raises UserError for an M that does
     not divide G, and for Megatron-core settings under which the rule is not implemented.
@@ -24,7 +25,9 @@ def get_gpt_layer_spd_spec(config: TransformerConfig, plan: SPDPlan) -> Transfor
     schedules = [plan.block_schedule(i) for i in range(plan.num_layers)]
     plan.check_ranks(config.tensor_model_parallel_size)
     if config.num_layers != plan.num_layers:
-        raise UserError(f"the config has num_layers = {config.num_layers}, the plan is for {plan.num_layers} blocks")
+        raise UserError(
+            f"the config has num_layers = {config.num_layers}, the plan is for {plan.num_layers} blocks"
+        )
     return block_submodules(config, schedules)
 
 
@@ -51,7 +54,9 @@ def _check_config(config: TransformerConfig) -> None:
     }
     for name, given in unsupported.items():
         if given:
-            raise UserError(f"the SPD layer does not support Megatron-core's {name}; switch it off in the config")
+            raise UserError(
+                f"the SPD layer does not support Megatron-core's {name}; switch it off in the config"
+            )
 
 
 def _stock_spec(config: TransformerConfig) -> ModuleSpec:

@@ -1,7 +1,7 @@
 """Megatron-core modules from a Hugging Face config: runs of blocks (``BlockUnit``) and whole models (``GPTModel``).
 
-A unit is what everything that streams is made of: its weights are put in, hidden states go through, the next block's weights
-take their place. A whole model is built only to be compared, trained or served.
+A unit is what everything that streams is made of: its weights are put in, hidden states go through, the next
+block's weights take their place. A whole model is built only to be compared, trained or served.
 """
 
 from __future__ import annotations
@@ -46,8 +46,11 @@ class ModelShape:
         return int(self.hf_config.get("num_key_value_heads") or self.hf_config["num_attention_heads"])
 
 
-def transformer_config(shape: ModelShape, runtime: Runtime, dtype: torch.dtype, **overrides: Any) -> TransformerConfig:
-    """Megatron-core's config for the model under M = ``runtime.tp_size``; ``overrides`` win (dropout, recompute, ...)."""
+def transformer_config(
+    shape: ModelShape, runtime: Runtime, dtype: torch.dtype, **overrides: Any
+) -> TransformerConfig:
+    """Megatron-core's config for the model under M = ``runtime.tp_size``; ``overrides`` win (dropout,
+    recompute, ...)."""
     hf = shape.hf_config
     kwargs: dict[str, Any] = {
         "num_layers": hf["num_hidden_layers"],
@@ -77,7 +80,8 @@ def transformer_config(shape: ModelShape, runtime: Runtime, dtype: torch.dtype, 
 def inverse_frequencies(shape: ModelShape) -> Tensor:
     """Rotary inverse frequencies [head_dim / 2] in float32 as transformers computes them, scaling included.
 
-    Raises UserError for a scaling that depends on the sequence or also scales attention (they have no counterpart here).
+    Raises UserError for a scaling that depends on the sequence or also scales attention (they have no
+    counterpart here).
     """
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -104,7 +108,12 @@ class BlockUnit(nn.Module):
     """A run of blocks under their schedules on this rank. Weights are loaded with :meth:`load_block`."""
 
     def __init__(
-        self, shape: ModelShape, schedules: Sequence[BlockSchedule], runtime: Runtime, dtype: torch.dtype, **overrides: Any
+        self,
+        shape: ModelShape,
+        schedules: Sequence[BlockSchedule],
+        runtime: Runtime,
+        dtype: torch.dtype,
+        **overrides: Any,
     ) -> None:
         super().__init__()
         self.shape = shape
@@ -171,8 +180,9 @@ def refer_to(layer: nn.Module, state: Weights) -> None:
 
 
 def mark_tensor_parallel(module: nn.Module) -> None:
-    """Set the attributes by which Megatron-core and DeepSpeed know a sharded parameter (gradient norms count it on every
-    rank). Megatron-core sets them only when it initialises weights itself, which a loaded model skips."""
+    """Set the attributes by which Megatron-core and DeepSpeed know a sharded parameter (gradient norms count
+    it on every rank). Megatron-core sets them only when it initialises weights itself, which a loaded model
+    skips."""
     for part in module.modules():
         dims = {ColumnParallelLinear: (0, 0), RowParallelLinear: (1, None), VocabParallelEmbedding: (0, None)}
         for kind, (weight_dim, bias_dim) in dims.items():
@@ -197,8 +207,9 @@ def build_gpt_model(
 ) -> GPTModel:
     """The whole model on this rank under ``plan``, weights loaded.
 
-    ``block_weights(i)``: full Hugging Face tensors of block ``i`` in the plan's permuted order; ``tensor(name)``: any other
-    tensor. The vocabulary is padded with zero rows to a multiple of M; ``logits[..., :vocab_size]`` are the model's.
+    ``block_weights(i)``: full Hugging Face tensors of block ``i`` in the plan's permuted order;
+    ``tensor(name)``: any other tensor. The vocabulary is padded with zero rows to a multiple of M;
+    ``logits[..., :vocab_size]`` are the model's.
     """
     hf, family = shape.hf_config, shape.family
     config = transformer_config(shape, runtime, dtype, **overrides)

@@ -13,7 +13,9 @@ def _config_kwargs(hf: Mapping[str, Any]) -> dict[str, Any]:
     import torch.nn.functional as F
 
     if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act = {hf['hidden_act']!r} in a llama config; this family is known with 'silu' only")
+        raise UserError(
+            f"hidden_act = {hf['hidden_act']!r} in a llama config; this family is known with 'silu' only"
+        )
     return {
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf["rms_norm_eps"],

@@ -1,7 +1,7 @@
 """Block weights between Hugging Face names (full tensors) and Megatron-core parameters (one rank's shard).
 
-Everything follows from a family's tables: rank ``m`` of ``M`` holds the ``m``-th of ``M`` equal contiguous parts of every split
-axis, so branch ``g`` of ``G`` lies on rank ``g * M // G``.
+Everything follows from a family's tables: rank ``m`` of ``M`` holds the ``m``-th of ``M`` equal contiguous
+parts of every split axis, so branch ``g`` of ``G`` lies on rank ``g * M // G``.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ def unshard_block(shards: list[dict[str, Tensor]], family: ModelFamily) -> dict[
     return full
 
 
-def to_megatron(shard: Weights, family: ModelFamily, kv_groups: int, wanted: Iterable[str]) -> dict[str, Tensor]:
+def to_megatron(
+    shard: Weights, family: ModelFamily, kv_groups: int, wanted: Iterable[str]
+) -> dict[str, Tensor]:
     """Megatron-core parameters of one transformer layer from a rank's Hugging Face shard.
 
-    ``kv_groups``: key/value groups on this rank. ``wanted``: the layer's parameter names. A bias that the checkpoint does not
-    have is zero. Raises KeyError if a tensor that is not a bias is missing.
+    ``kv_groups``: key/value groups on this rank. ``wanted``: the layer's parameter names. A bias that the
+    checkpoint does not have is zero. Raises KeyError if a tensor that is not a bias is missing.
     """
     wanted = set(wanted)
     state = {

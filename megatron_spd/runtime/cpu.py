@@ -1,7 +1,7 @@
 """What Megatron-core expects of CUDA, supplied on a machine that has none.
 
-The only place that replaces functions of other packages, called by ``runtime.distributed.initialize`` and only where no CUDA
-device exists. On a GPU machine nothing here runs.
+The only place that replaces functions of other packages, called by ``runtime.distributed.initialize`` and
+only where no CUDA device exists. On a GPU machine nothing here runs.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ def _set_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
 
 
 def prepare_cpu_runtime() -> None:
-    """Make Megatron-core's device calls answer for the CPU. Does nothing where CUDA is available; may be called twice."""
+    """Make Megatron-core's device calls answer for the CPU. Does nothing where CUDA is available; may be
+    called twice."""
     if torch.cuda.is_available():
         return
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
-    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_: None
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
     if not isinstance(megatron_random._CUDA_RNG_STATE_TRACKER, CpuRNGStatesTracker):
@@ -59,8 +60,8 @@ def prepare_cpu_runtime() -> None:
 
 
 def without_compiled_collectives() -> None:
-    """Keep DeepSpeed from compiling its shared-memory all-reduce at start-up (half a minute, and a compiler, for a collective that
-    distillation does not use). Does nothing where CUDA is available."""
+    """Keep DeepSpeed from compiling its shared-memory all-reduce at start-up (half a minute, and a compiler,
+    for a collective that distillation does not use). Does nothing where CUDA is available."""
     if torch.cuda.is_available():
         return
     import deepspeed

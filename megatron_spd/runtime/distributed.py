@@ -20,7 +20,8 @@ DEFAULT_TIMEOUT = 900.0
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands. ``tp_size`` is M; ``tp_group`` the ranks that share a model, ``dp_group`` its replicas."""
+    """Where this process stands. ``tp_size`` is M; ``tp_group`` the ranks that share a model, ``dp_group``
+    its replicas."""
 
     rank: int
     world_size: int
@@ -54,8 +55,9 @@ class Runtime:
 def initialize(tensor_parallel: int | None = None, seed: int = 1234) -> Runtime:
     """Join the process groups (gloo without CUDA, NCCL with it) and seed every generator.
 
-    ``tensor_parallel``: M, default all ranks; the remaining factor of the world size is data parallel. Without a launcher's
-    environment the process is a world of one. Calling it again with another M rebuilds the groups.
+    ``tensor_parallel``: M, default all ranks; the remaining factor of the world size is data parallel.
+    Without a launcher's environment the process is a world of one. Calling it again with another M rebuilds
+    the groups.
 
     Raises UserError if M does not divide the number of ranks.
     """

@@ -1,8 +1,8 @@
 """What dropping sync points costs: Algorithm 1 of the SPD paper (section 4), and every sync point alone.
 
-All candidates share the original hidden states up to their first dropped point, so each is a stream that starts there. The
-sweep walks the blocks once, first to last, and advances all streams that have started: a block's weights are read once, and a
-candidate costs only the blocks behind its start.
+All candidates share the original hidden states up to their first dropped point, so each is a stream that
+starts there. The sweep walks the blocks once, first to last, and advances all streams that have started: a
+block's weights are read once, and a candidate costs only the blocks behind its start.
 """
 
 from __future__ import annotations
@@ -55,13 +55,15 @@ def sweep(
 ) -> dict[str, Any]:
     """Measure the perplexity of ``tokens`` [n, s] under each candidate drop.
 
-    ``algorithm1``: attention points of blocks i..L-1 dropped, for every i. ``single``: one point of ``which`` dropped. The weights are
-    those that ``streamer`` walks (grouped ones if it permutes). ``unfinished``: where to save the streams now and then, so that a
-    killed sweep of the same model, text and candidates goes on from there, under any M; the file is removed at the end. ``order``
-    tells apart sweeps whose streamers put the model's weights in another order.
+    ``algorithm1``: attention points of blocks i..L-1 dropped, for every i. ``single``: one point of ``which``
+    dropped. The weights are those that ``streamer`` walks (grouped ones if it permutes). ``unfinished``:
+    where to save the streams now and then, so that a killed sweep of the same model, text and candidates goes
+    on from there, under any M; the file is removed at the end. ``order`` tells apart sweeps whose streamers
+    put the model's weights in another order.
 
-    Returns a JSON-able dict: ``plain_perplexity``, ``algorithm1`` and ``single`` lists with ``perplexity`` and ``sensitivity`` (increase
-    of perplexity: against one block fewer for Algorithm 1, against the plain model for a single point).
+    Returns a JSON-able dict: ``plain_perplexity``, ``algorithm1`` and ``single`` lists with ``perplexity``
+    and ``sensitivity`` (increase of perplexity: against one block fewer for Algorithm 1, against the plain
+    model for a single point).
     """
     num_layers = streamer.num_layers
     points = set(droppable_points(num_layers, which)) if method in ("single", "both") else set()
@@ -79,7 +81,7 @@ def sweep(
                 saved = time.monotonic()
         result = _score(streamer, state, tokens, bar)
     result |= {"branches": branches, "method": method, "sync_points": which, "sequences": len(tokens)}
-    result["seq_length"] = tokens.shape[1]
+    result |= {"seq_length": tokens.shape[1], "num_layers": num_layers}
     if unfinished is not None and streamer.runtime.is_main:
         unfinished.unlink(missing_ok=True)
     return result
@@ -154,7 +156,9 @@ def _identity(streamer: BlockStreamer, tokens: Tensor, order: str, *candidates: 
 
 def _save(streamer: BlockStreamer, state: _State, identity: str, path: Path) -> None:
     """Keep the streams in one file. Called on every rank: each holds the pending sums of its own branches only."""
-    single = {p: (x, [_all_branches(t, streamer) for t in pending]) for p, (x, pending) in state.single.items()}
+    single = {
+        p: (x, [_all_branches(t, streamer) for t in pending]) for p, (x, pending) in state.single.items()
+    }
     if streamer.runtime.is_main:
         temporary = path.with_name(path.name + ".tmp")
         torch.save((identity, state.block, state.plain, state.algorithm1, single), temporary)
@@ -166,7 +170,9 @@ def _resume(streamer: BlockStreamer, identity: str, path: Path | None) -> _State
     # The main rank decides, so that all ranks start at the same block.
     if path is None or not streamer.runtime.from_main(path.is_file()):
         return None
-    held, block, plain, algorithm1, single = torch.load(path, map_location=streamer.runtime.device, weights_only=True)
+    held, block, plain, algorithm1, single = torch.load(
+        path, map_location=streamer.runtime.device, weights_only=True
+    )
     if held != identity:
         return None
     mine = {p: (x, [_own_branches(t, streamer) for t in pending]) for p, (x, pending) in single.items()}

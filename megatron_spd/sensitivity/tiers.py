@@ -71,18 +71,14 @@ def scores_from(sensitivity: Mapping[str, Any], which: str) -> dict[int, float]:
         measured = {2 * e["block"]: e["sensitivity"] for e in sensitivity["algorithm1"]}
     elif sensitivity.get("single"):
         measured = {e["point"]: e["sensitivity"] for e in sensitivity["single"]}
-    wanted = [p for p in droppable_points(_num_layers(sensitivity), which) if p not in measured]
+    droppable = droppable_points(sensitivity["num_layers"], which)
+    wanted = [p for p in droppable if p not in measured]
     if wanted:
         raise UserError(
             f"the sensitivity file has no scores for {len(wanted)} of the sync points that '{which}' may drop "
             f"(first: {wanted[0]}); measure again with `megatron-spd sensitivity --sync-points {which}`"
         )
-    return {p: measured[p] for p in droppable_points(_num_layers(sensitivity), which)}
-
-
-def _num_layers(sensitivity: Mapping[str, Any]) -> int:
-    blocks = [e["block"] for key in ("algorithm1", "single") for e in sensitivity.get(key) or ()]
-    return max(blocks, default=0) + 1
+    return {p: measured[p] for p in droppable}
 
 
 def drop_count(droppable: int, ratio: float) -> int:

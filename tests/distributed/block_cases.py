@@ -1,4 +1,5 @@
-"""Runs one case of the Megatron layer on a rank and hands back full tensors, for comparison with ``tests.reference``."""
+"""Runs one case of the Megatron layer on a rank and hands back full tensors, for comparison with
+``tests.reference``."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from torch import Tensor
 from megatron_spd.models.build import BlockUnit, ModelShape
 from megatron_spd.models.llama import LLAMA
 from megatron_spd.models.weights import unshard_block
-from megatron_spd.plan import BaseModel, BlockPlan, SPDPlan
+from megatron_spd.plan import BaseModel, SPDPlan
 from megatron_spd.runtime.distributed import Runtime, initialize
 from tests.reference import Shape, blocks_forward, random_block
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run of blocks with random weights. ``dropped``: sync points; ``shifts``: sublayer inputs that have a shift, named
-    by the point after the sublayer."""
+    """A run of blocks with random weights. ``dropped``: sync points; ``shifts``: sublayer inputs that have a
+    shift, named by the point after the sublayer."""
 
     branches: int
     layers: int
@@ -47,7 +48,9 @@ class Case:
         base = BaseModel("f", "llama", self.layers, self.hidden, self.heads, self.kv_groups, self.ffn)
         plan = SPDPlan.dense(base, self.branches).with_drops(self.dropped)
         for i in range(self.layers):
-            plan = plan.with_block(i, attention_shift=2 * i in self.shifts, mlp_shift=2 * i + 1 in self.shifts)
+            plan = plan.with_block(
+                i, attention_shift=2 * i in self.shifts, mlp_shift=2 * i + 1 in self.shifts
+            )
         return plan
 
     def weights(self) -> list[dict[str, Tensor]]:
@@ -75,9 +78,7 @@ class Case:
             return None
         torch.manual_seed(77)
         ones = torch.ones(7, 2, self.hidden)
-        return {
-            p: torch.nn.functional.dropout(ones, self.dropout).double() for p in range(2 * self.layers)
-        }
+        return {p: torch.nn.functional.dropout(ones, self.dropout).double() for p in range(2 * self.layers)}
 
 
 def reference_result(case: Case) -> dict[str, Tensor]:
@@ -110,7 +111,11 @@ def build_case(case: Case, runtime: Runtime) -> BlockUnit:
     """The unit of ``case`` on this rank, weights loaded, in training mode."""
     overrides = dict(case.overrides)
     if case.recompute:
-        overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        overrides |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     if not case.gated:
         overrides["gated_linear_unit"] = False
     schedules = [case.plan().block_schedule(i) for i in range(case.layers)]
@@ -129,7 +134,8 @@ def _plain_mlp(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def megatron_result(case: Case, ranks: int) -> dict[str, Tensor]:
-    """What :func:`reference_result` gives, by the Megatron layers on ``ranks`` ranks; the same on every rank (asserted)."""
+    """What :func:`reference_result` gives, by the Megatron layers on ``ranks`` ranks; the same on every rank
+    (asserted)."""
     runtime = initialize(ranks, seed=5)
     unit = build_case(case, runtime)
     dtype = getattr(torch, case.dtype)
@@ -165,9 +171,7 @@ def _grad_shard(unit: BlockUnit, i: int, names: Sequence[str], gated: bool) -> d
         return unit.hf_shard(i, names)
     layer = dict(unit.blocks.layers[i].named_parameters())
     shard = unit.hf_shard(i, [n for n in names if "up_proj" not in n])
-    shard |= {
-        n: layer[n.replace("up_proj", "linear_fc1")].detach() for n in names if "up_proj" in n
-    }
+    shard |= {n: layer[n.replace("up_proj", "linear_fc1")].detach() for n in names if "up_proj" in n}
     return shard
 
 

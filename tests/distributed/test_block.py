@@ -89,7 +89,8 @@ def cases(draw: st.DrawFn, branches: int) -> Case:
         shifts=tuple(sorted(draw(st.sets(points)))),
         dropout=draw(st.sampled_from([0.0, 0.0, 0.2])),
         recompute=draw(st.booleans()),
-        # float64, so that the bound does not depend on how the random weights are conditioned (rotary angles are float32).
+        # float64, so that the bound does not depend on how the random weights are conditioned (rotary angles
+        # are float32).
         dtype="float64",
         seed=draw(st.integers(0, 10**6)),
     )
@@ -97,7 +98,13 @@ def cases(draw: st.DrawFn, branches: int) -> Case:
 
 @pytest.mark.parametrize(("branches", "ranks"), [(2, 1), (2, 2), (6, 3), (3, 3), (4, 4)])
 def test_random_schedules(branches: int, ranks: int) -> None:
-    @settings(max_examples=12, deadline=None, derandomize=True, phases=PHASES, suppress_health_check=[HealthCheck.too_slow])
+    @settings(
+        max_examples=12,
+        deadline=None,
+        derandomize=True,
+        phases=PHASES,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
     @given(cases(branches))
     def property_holds(case: Case) -> None:
         check(case, ranks, bound=2e-6)

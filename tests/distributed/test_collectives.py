@@ -1,4 +1,5 @@
-"""What crosses ranks: exactly one all-reduce per kept sync point and direction, and the small sums of replicated parameters."""
+"""What crosses ranks: exactly one all-reduce per kept sync point and direction, and the small sums of
+replicated parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ from megatron_spd.runtime.distributed import initialize
 from tests.distributed.block_cases import Case, build_case
 from tests.ranks import run_ranks
 
-ALL = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_to_all_single")
+ALL = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "broadcast",
+    "all_to_all_single",
+)
 S, B, H = 7, 2, 16
 ACTIVATION_BYTES = S * B * H * 4
 
@@ -51,10 +59,14 @@ def count_collectives(case: Case, ranks: int) -> tuple[list[tuple[str, int]], li
     return forward, backward
 
 
-@pytest.mark.parametrize("dropped", [(), (0,), (0, 2, 4), (1,), (1, 3), (0, 1, 2, 3), (0, 1, 2, 3, 4), (2, 3)])
+@pytest.mark.parametrize(
+    "dropped", [(), (0,), (0, 2, 4), (1,), (1, 3), (0, 1, 2, 3), (0, 1, 2, 3, 4), (2, 3)]
+)
 @pytest.mark.parametrize(("branches", "ranks"), [(2, 2), (3, 3), (4, 2)])
 @pytest.mark.parametrize("biases", [False, True])
-def test_one_all_reduce_per_kept_point(dropped: tuple[int, ...], branches: int, ranks: int, biases: bool) -> None:
+def test_one_all_reduce_per_kept_point(
+    dropped: tuple[int, ...], branches: int, ranks: int, biases: bool
+) -> None:
     case = Case(branches, 3, dropped, biases=biases, shifts=tuple(p + 1 for p in dropped))
     plan = case.plan()
     kept = plan.collectives_per_forward()
@@ -64,7 +76,8 @@ def test_one_all_reduce_per_kept_point(dropped: tuple[int, ...], branches: int, 
     assert {name for name, _ in backward} <= {"all_reduce"}
     activations = [size for _, size in backward if size == ACTIVATION_BYTES]
     assert len(activations) == kept
-    # One coalesced sum per SPD block of what is replicated but used differently: two norms, and the biases of dropped points.
+    # One coalesced sum per SPD block of what is replicated but used differently: two norms, and the biases of
+    # dropped points.
     expected = []
     for i in range(3):
         schedule = plan.block_schedule(i)

@@ -36,7 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_plan(folder: Path) -> SPDPlan:
     plan = SPDPlan.dense(CheckpointReader(folder).base_model(), BRANCHES).with_drops(DROPPED)
     for block in (0, 1, 2):
-        plan = plan.with_block(block, tier="SB", recovery="b2b", kv_group_order=[1, 0] if block == 2 else None)
+        plan = plan.with_block(
+            block, tier="SB", recovery="b2b", kv_group_order=[1, 0] if block == 2 else None
+        )
     return plan.with_block(3, tier="ISB", recovery="zs")
 
 
@@ -44,7 +46,9 @@ def make_tokens() -> Tensor:
     return torch.randint(3, 300, (5, 12), generator=torch.Generator().manual_seed(1))
 
 
-def settings(tmp: Path, replicas: int, accumulation: int, stage: int, dtype: str, loss: str = "mse") -> DistillSettings:
+def settings(
+    tmp: Path, replicas: int, accumulation: int, stage: int, dtype: str, loss: str = "mse"
+) -> DistillSettings:
     """Every optimizer step sees the same four sequences, however they are cut, at a constant rate."""
     config = tmp / "ds.json"
     config.write_text(json.dumps({"scheduler": None}))
@@ -56,10 +60,14 @@ def settings(tmp: Path, replicas: int, accumulation: int, stage: int, dtype: str
 def distilled(model: Path, out: Path, tp: int, given: DistillSettings) -> list[dict[str, Any]]:
     runtime = initialize(tp)
     reader = CheckpointReader(model)
-    return run_distillation(reader, runtime, make_plan(model), make_tokens(), given, out, Tracker("none", out))
+    return run_distillation(
+        reader, runtime, make_plan(model), make_tokens(), given, out, Tracker("none", out)
+    )
 
 
-def reference(model: Path, loss_name: str = "mse") -> tuple[dict[int, dict[str, Tensor]], dict[int, list[float]]]:
+def reference(
+    model: Path, loss_name: str = "mse"
+) -> tuple[dict[int, dict[str, Tensor]], dict[int, list[float]]]:
     """Trained blocks and losses by unit start, in float64."""
     reader, plan = CheckpointReader(model), make_plan(model)
     from megatron_spd.grouping.permute import planned_weights
@@ -83,7 +91,9 @@ def _double(weights: Any) -> dict[str, Tensor]:
     return {n: t.double().clone() for n, t in weights.items()}
 
 
-def _train(student: list[dict[str, Tensor]], x: Tensor, target: Tensor, dropped: list[int], name: str) -> list[float]:
+def _train(
+    student: list[dict[str, Tensor]], x: Tensor, target: Tensor, dropped: list[int], name: str
+) -> list[float]:
     parameters = [t for w in student for t in w.values()]
     optimizer = torch.optim.AdamW(parameters, RATE, betas=(0.9, 0.95), weight_decay=0.0)
     losses = []
@@ -102,9 +112,20 @@ def _train(student: list[dict[str, Tensor]], x: Tensor, target: Tensor, dropped:
 
 @pytest.mark.parametrize(
     ("ranks", "tp", "accumulation", "stage"),
-    [(1, 1, 1, 0), (2, 2, 1, 0), (2, 2, 2, 1), (2, 2, 1, 2), (2, 1, 1, 1), (4, 2, 1, 0), (4, 2, 2, 2), (4, 2, 1, 1)],
+    [
+        (1, 1, 1, 0),
+        (2, 2, 1, 0),
+        (2, 2, 2, 1),
+        (2, 2, 1, 2),
+        (2, 1, 1, 1),
+        (4, 2, 1, 0),
+        (4, 2, 2, 2),
+        (4, 2, 1, 1),
+    ],
 )
-def test_equals_a_plain_loop(model: Path, tmp_path: Path, ranks: int, tp: int, accumulation: int, stage: int) -> None:
+def test_equals_a_plain_loop(
+    model: Path, tmp_path: Path, ranks: int, tp: int, accumulation: int, stage: int
+) -> None:
     given = settings(tmp_path, ranks // tp, accumulation, stage, "fp32")
     records = run_ranks(ranks, distilled, model, tmp_path / "out", tp, given)[0]
     blocks, losses = reference(model)
@@ -118,7 +139,8 @@ def test_equals_a_plain_loop(model: Path, tmp_path: Path, ranks: int, tp: int, a
         assert got is not None
         assert set(got) == set(wanted)
         for name, tensor in wanted.items():
-            # Adam divides by the size of the gradient: where that is tiny its sign may differ, for a step of at most RATE.
+            # Adam divides by the size of the gradient: where that is tiny its sign may differ, for a step of
+            # at most RATE.
             close = (got[name].double() - tensor).abs() < 1e-4
             assert close.double().mean() > 0.99, (block, name)
     assert distilled_block(tmp_path / "out", 3) is None

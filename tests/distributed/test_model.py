@@ -97,7 +97,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_smollm2_logits(smollm2: Path, ranks: int) -> None:
     reader = CheckpointReader(smollm2)
-    ids = torch.tensor([reader.tokenizer()("Sync points are where the ranks of a model wait for each other.").input_ids])
+    ids = torch.tensor(
+        [reader.tokenizer()("Sync points are where the ranks of a model wait for each other.").input_ids]
+    )
     with torch.no_grad():
         wanted = AutoModelForCausalLM.from_pretrained(smollm2).eval()(ids).logits
     got = run_ranks(ranks, megatron_logits, smollm2, ids, ranks, 3, timeout=120)[0]

@@ -58,7 +58,9 @@ def test_every_candidate_is_as_measured_by_itself(model: Path, ranks: int) -> No
     assert [e["point"] for e in result["single"]] == list(range(7))
     single = run_ranks(1, perplexities, model, [[p] for p in range(7)])[0]
     assert [e["perplexity"] for e in result["single"]] == pytest.approx(single, rel=1e-5)
-    assert [e["sensitivity"] for e in result["single"]] == pytest.approx([p - plain for p in single], abs=1e-4 * plain)
+    assert [e["sensitivity"] for e in result["single"]] == pytest.approx(
+        [p - plain for p in single], abs=1e-4 * plain
+    )
 
 
 @pytest.mark.parametrize(("which", "points"), [("attention", [0, 2, 4, 6]), ("mlp", [1, 3, 5])])

@@ -58,6 +58,7 @@ def test_bad_ratio(ratio):
 
 MEASURED = {
     "plain_perplexity": 20.0,
+    "num_layers": 2,
     "algorithm1": [{"block": i, "perplexity": 21.0 + i, "sensitivity": 1.0 + i} for i in range(2)],
     "single": [{"point": p, "block": p // 2, "perplexity": 20.0, "sensitivity": 0.1 * p} for p in range(3)],
 }
@@ -68,6 +69,9 @@ def test_scores_from_a_measurement():
     assert scores_from(MEASURED | {"algorithm1": None}, "attention") == {0: 0.0, 2: 0.2}
     assert scores_from(MEASURED, "mlp") == {1: 0.1}
     assert scores_from(MEASURED, "any") == {0: 0.0, 1: 0.1, 2: 0.2}
+    # The last block has no MLP point that can be dropped, and counts all the same.
+    mlp_only = [{"point": p, "block": p // 2, "sensitivity": 0.1 * p} for p in (1, 3)]
+    assert scores_from({"num_layers": 3, "single": mlp_only}, "mlp") == pytest.approx({1: 0.1, 3: 0.3})
 
 
 @pytest.mark.parametrize("single", [None, MEASURED["single"][:1]])

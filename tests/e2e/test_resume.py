@@ -1,0 +1,246 @@
+"""What was killed goes on with the same command and ends with the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_spd import cli
+from megatron_spd.calibration.stream import BlockStreamer
+from megatron_spd.checkpoint.hf import CheckpointReader
+from megatron_spd.checkpoint.safetensors_io import ShardWriter
+from megatron_spd.distill import recipe, units
+from megatron_spd.runtime.distributed import initialize
+from megatron_spd.sensitivity import sweep as sweep_module
+from tests.command_line import ERROR, answer, files
+from tests.models import make_llama, tiny_text
+from tests.ranks import run_ranks
+
+LAYERS, BRANCHES = 4, 2
+DATA = ["--sequences", 4, "--seq-length", 16]
+#: Every dropped block is distilled and none grouped (a random model's perplexities are huge).
+TIERS = ["--tau1", -1_000_000_000, "--tau2", 1_000_000_000]
+TRAINING = ["--micro-batch-size", 1, "--learning-rate", 1e-3]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a text, and the export of an uninterrupted run in ``whole``."""
+    folder = tmp_path_factory.mktemp("work")
+    make_llama(folder / "model", heads=4, kv=4, layers=LAYERS)
+    (folder / "text").write_text(tiny_text(), encoding="utf-8")
+    answer(*run_arguments(folder, folder / "whole"))
+    return folder
+
+
+def run_arguments(work: Path, out: Path) -> list[object]:
+    """`run` with three units to distil, 14 steps each."""
+    fixed = ["run", "--model", work / "model", "--out", out, "--branches", BRANCHES, "--data", work / "text", *DATA]
+    sizes = ["--eval-sequences", 2, "--distill-sequences", 8, "--epochs", 2]
+    return [*fixed, *sizes, "--drop-ratio", 0.7, *TIERS, *TRAINING, "--tracking", "none"]
+
+
+# ---- a run, killed ------------------------------------------------------------------------------------------------
+
+
+def kill_self(*_: object, **__: object) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("still alive")
+
+
+def on_call(number: int, function: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` that runs ``then`` instead on its ``number``-th call (from 1)."""
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return (then if calls == number else function)(*args, **kwargs)
+
+    return counted
+
+
+def _in_the_middle_of_the_second_unit() -> None:
+    recipe._UnitTrainer._step = on_call(14 + 6, recipe._UnitTrainer._step, kill_self)  # type: ignore[method-assign]
+
+
+def _between_units() -> None:
+    save = units.UnitStore.save
+
+    def save_and_die(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        kill_self()
+
+    units.UnitStore.save = save_and_die  # type: ignore[method-assign]
+
+
+def _between_a_units_weights_and_its_record() -> None:
+    # The first text is the store's identity, the second the first unit's record.
+    units._write_text = on_call(3, units._write_text, kill_self)
+
+
+def _before_the_export_has_its_name() -> None:
+    ShardWriter.close = kill_self  # type: ignore[method-assign]
+
+
+#: Where the process kills itself, and the units that are finished by then.
+PLACES: dict[Callable[[], None], int] = {
+    _in_the_middle_of_the_second_unit: 1,
+    _between_units: 1,
+    _between_a_units_weights_and_its_record: 1,
+    _before_the_export_has_its_name: 3,
+}
+
+
+def run_until_killed(place: Callable[[], None], argv: list[str]) -> None:
+    """Runs in a process of its own."""
+    place()
+    cli.main(argv)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__.strip("_"))
+def test_a_killed_run_ends_with_the_same_bytes(work: Path, tmp_path: Path, place: Callable[[], None]) -> None:
+    argv = [str(a) for a in run_arguments(work, tmp_path / "run")]
+    process = multiprocessing.get_context("forkserver").Process(target=run_until_killed, args=(place, argv))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    distilled = tmp_path / "run" / "distill"
+    finished = sorted(distilled.glob("unit_*.json"))
+    assert len(finished) == PLACES[place]
+    assert not (tmp_path / "run" / "export").exists()
+    kept = [p for record in finished for p in (record, record.with_suffix(".safetensors"))]
+    before = [(p.stat().st_ino, p.stat().st_mtime_ns) for p in kept]
+
+    answer(*argv)
+    # A unit trained again would have been written again.
+    assert [(p.stat().st_ino, p.stat().st_mtime_ns) for p in kept] == before
+    assert len(list(distilled.glob("unit_*.json"))) == 3
+    assert files(tmp_path / "run" / "export") == files(work / "whole" / "export")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in (work / "whole").iterdir()}
+
+
+# ---- a rank, killed -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def started(argv: list[object]) -> Iterator[subprocess.Popen[str]]:
+    """`megatron-spd ARGV` as a process; it and its children are gone at the end."""
+    program = [sys.executable, "-m", "megatron_spd.cli", *map(str, argv)]
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            for member in (*family, process):
+                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                    member.kill()
+
+
+def rank_processes(parent: int) -> dict[int, psutil.Process]:
+    """The ranks below a launching process."""
+    found = {}
+    for process in psutil.Process(parent).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            rank = process.environ().get("RANK")
+            if rank is not None:
+                found[int(rank)] = process
+    return found
+
+
+def test_a_rank_killed_while_distilling_is_named_and_the_command_goes_on(work: Path, tmp_path: Path) -> None:
+    argv: list[object] = ["distill", "--model", work / "model", "--plan", work / "whole" / "plan.json"]
+    argv += ["--data", work / "text", "--sequences", 8, "--seq-length", 16, "--out", tmp_path / "d"]
+    argv += ["--epochs", 60, *TRAINING, "--tracking", "none"]
+    with started([*argv, "--ranks", 2]) as process:
+        deadline = time.monotonic() + 120
+        while not (finished := list((tmp_path / "d" / "distill").glob("unit_*.json"))):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "no unit was finished"
+            time.sleep(0.02)
+        ranks = rank_processes(process.pid)
+        assert sorted(ranks) == [0, 1]
+        ranks[1].kill()
+        killed = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+        took = time.monotonic() - killed
+    assert process.returncode == 2
+    assert took < 15
+    assert not any(r.is_running() for r in ranks.values())
+    (line,) = [e for e in errors.splitlines() if e.startswith(ERROR)]
+    assert line.startswith(f"{ERROR}rank 1 died")
+    assert "Run the same command again" in line
+    assert "Traceback" not in errors
+
+    before = [(p.stat().st_ino, p.stat().st_mtime_ns) for p in finished]
+    assert len(answer(*argv)["units"]) == 3
+    assert [(p.stat().st_ino, p.stat().st_mtime_ns) for p in finished] == before
+
+
+# ---- a sweep, killed ----------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """In place of a kill, where the process must go on to answer."""
+
+
+def swept(folder: Path, unfinished: Path | None, stop_at: int | None = None, seed: int = 1) -> tuple[Any, list[int]]:
+    """A sweep that saves after every block: its result (None if interrupted in front of block ``stop_at``), and the
+    blocks whose weights were read."""
+    sweep_module._SAVE_EVERY = 0.0
+    reader = CheckpointReader(folder)
+    read: list[int] = []
+
+    def weights(block: int) -> dict[str, Tensor]:
+        if block == stop_at:
+            raise Interrupted
+        read.append(block)
+        return reader.block(block)
+
+    streamer = BlockStreamer(reader, initialize(), torch.float32, weights, micro_batch=2)
+    tokens = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(seed))
+    try:
+        return sweep_module.sweep(streamer, tokens, BRANCHES, unfinished=unfinished), read
+    except Interrupted:
+        return None, read
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 1), (2, 2), (2, 1), (1, 2)])
+def test_an_interrupted_sweep_goes_on_under_any_number_of_ranks(
+    work: Path, tmp_path: Path, first: int, then: int
+) -> None:
+    saved = tmp_path / "unfinished"
+    # In front of block 2, one candidate's sums are pending (the MLP point of block 1), split over the ranks.
+    assert run_ranks(first, swept, work / "model", saved, 2)[0] == (None, [0, 1])
+    assert saved.is_file()
+    result, read = run_ranks(then, swept, work / "model", saved)[0]
+    assert read == [2, 3]
+    assert not saved.exists()
+    whole, _ = run_ranks(then, swept, work / "model", None)[0]
+    if first == then:
+        assert result == whole
+    for method in ("algorithm1", "single"):
+        found, expected = ([e["perplexity"] for e in r[method]] for r in (result, whole))
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_interrupted_sweep_of_another_text_is_not_continued(work: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "unfinished"
+    run_ranks(1, swept, work / "model", saved, 2)
+    result, read = run_ranks(1, swept, work / "model", saved, None, 2)[0]
+    assert read == [0, 1, 2, 3]
+    assert json.dumps(result) == json.dumps(run_ranks(1, swept, work / "model", None, None, 2)[0][0])
