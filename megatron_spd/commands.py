@@ -26,7 +26,7 @@ from megatron_spd.distill.tracking import Tracker
 from megatron_spd.errors import UserError
 from megatron_spd.evaluate.perplexity import plan_perplexity
 from megatron_spd.plan import SPDPlan
-from megatron_spd.report.files import write_atomic
+from megatron_spd.files import write_atomic
 from megatron_spd.report.plots import plot_sensitivity
 from megatron_spd.report.tables import dropped_in_words, sensitivity_table, summary_table
 from megatron_spd.runtime.distributed import Runtime, initialize, shutdown

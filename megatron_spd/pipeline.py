@@ -27,7 +27,7 @@ from megatron_spd.errors import UserError
 from megatron_spd.evaluate.generate import generate_text
 from megatron_spd.evaluate.perplexity import plan_perplexity
 from megatron_spd.plan import SPDPlan
-from megatron_spd.report.files import write_atomic
+from megatron_spd.files import write_atomic
 from megatron_spd.report.html import write_report
 from megatron_spd.runtime.distributed import Runtime
 from megatron_spd.sensitivity.sweep import Method, sweep

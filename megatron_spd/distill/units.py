@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_spd.errors import UserError
+from megatron_spd.files import write_atomic, write_text_atomic
+from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import Runtime
+
+
+def plan_mark(plan: SPDPlan) -> str:
+    """A hash of the function that a plan makes of its model: weights distilled for one mark are of no use to another.
+    Provenance, tiers and recoveries do not enter."""
+    facts = {k: v for k, v in plan.to_dict().items() if k != "provenance"}
+    facts["blocks"] = [{k: v for k, v in b.items() if k not in ("tier", "recovery")} for b in facts["blocks"]]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def check_distilled_for(plan: SPDPlan, folder: Path) -> None:
+    """Raise UserError unless ``folder`` is a :class:`UnitStore`'s and its units were distilled for ``plan``."""
+    stamp = folder / "identity"
+    if not stamp.is_file():
+        raise UserError(f"{folder} is not the output folder of `megatron-spd distill`; give that folder")
+    if not stamp.read_text(encoding="utf-8").startswith(plan_mark(plan)):
+        raise UserError(f"the units in {folder} were distilled for another plan; give the plan they were made with")
 
 
 class UnitStore:
@@ -32,14 +51,17 @@ class UnitStore:
             raise UserError(problem)
 
     def _claim(self, identity: str) -> str | None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            return f"{self.folder} cannot be made, a file is in its place; give another output folder"
         stamp = self.folder / "identity"
         if stamp.exists() and stamp.read_text() != identity:
             return (
                 f"{self.folder} holds the units of another distillation (other plan, data or settings); "
                 "give another output folder, or remove it"
             )
-        _write_text(stamp, identity)
+        write_text_atomic(stamp, identity)
         return None
 
     def _path(self, unit: range, suffix: str) -> Path:
@@ -74,7 +96,7 @@ class UnitStore:
             temporary = path.with_name(path.name + ".tmp")
             save_file(flat, temporary)
             os.replace(temporary, path)
-        _write_text(self._path(unit, "json"), json.dumps(record))
+        write_text_atomic(self._path(unit, "json"), json.dumps(record))
 
 
 def distilled_block(folder: Path, block: int) -> dict[str, Tensor] | None:
@@ -87,9 +109,3 @@ def distilled_block(folder: Path, block: int) -> dict[str, Tensor] | None:
                 names = [n for n in file.keys() if n.startswith(prefix)]  # noqa: SIM118 (not a dict)
                 return {n.removeprefix(prefix): file.get_tensor(n) for n in names}
     return None
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from megatron_spd.report.files import write_atomic
+from megatron_spd.files import write_atomic
 from megatron_spd.report.tables import number, ranges
 from megatron_spd.sensitivity.tiers import Thresholds, find_thresholds, tier
 

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_spd"
 
 #: From the bottom up: a part imports from lower levels; from its own level only without going round in a circle.
 LEVELS: list[set[str]] = [
-    {"errors"},
+    {"errors", "files"},
     {"plan", "config", "runtime", "progress"},
     {"comm"},
     {"layers"},
@@ -35,7 +35,7 @@ PLACES: dict[str, set[str]] = {
     "megatron": {"runtime", "layers", "models", "calibration", "distill", "evaluate"},
     "wandb": {"distill"},
     "matplotlib": {"report"},
-    "torch": set(LEVEL) - {"errors", "plan", "config", "cli"},
+    "torch": set(LEVEL) - {"errors", "files", "plan", "config", "cli"},
 }
 
 

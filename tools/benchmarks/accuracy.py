@@ -1,4 +1,4 @@
-"""Zero-shot perplexity against the number of dropped sync points, block by block, with calibration and score on one text.
+"""Zero-shot perplexity against the number of dropped sync points, calibrated and scored on one text.
 
 usage: python tools/benchmarks/accuracy.py --model DIR --data FILE [--branches 3] [--drops 15,24,27,30] [--json]
 

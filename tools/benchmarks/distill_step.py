@@ -1,7 +1,7 @@
 """Block-to-block steps through the DeepSpeed engine against a bare PyTorch loop over the same two blocks.
 
-Both sides train a student with dropped attention point on the outputs of the same teacher block, with the same batches, loss, clipping
-and AdamW settings; the bare loop calls ``torch.optim.AdamW`` itself.
+Both sides train a student with dropped attention point on the outputs of the same teacher block, with the same
+batches, loss, clipping and AdamW settings; the bare loop calls ``torch.optim.AdamW`` itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import Comparison, clocked, interleave, options, run, tokens_of
+from timing import Comparison, interleave, options, run, tokens_of
 from torch import Tensor
 
 from megatron_spd.calibration.stream import BlockStreamer
@@ -93,9 +93,9 @@ def measure(
 
     ours, reference = steps(engine_step), steps(bare_step)
     # The first calls warm up, and show that both sides train the same thing.
-    first = [clocked(side)[1][0] for side in (ours, reference)]
+    first = [side()[0] for side in (ours, reference)]
     name = f"{args.steps} steps of {args.micro_batch_size} sequences, ZeRO {args.zero_stage}"
-    comparison = interleave(name, ours, reference, args.repeats, TARGET, warmups=0)
+    comparison = interleave(name, ours, reference, args, TARGET)
     return [comparison], {"first_losses": first, "branches": args.branches, "steps": args.steps}
 
 

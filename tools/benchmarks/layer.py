@@ -1,8 +1,8 @@
 """An SPD block against Megatron-core's stock block, in one process and so without communication.
 
-With G = 1 both compute the same thing, and the ratio is what the SPD layer itself costs. With more branches in the one process the
-ratio adds what it costs to compute every branch's MLP on its own input; for information, since a tensor-parallel run with M = G has one
-branch on a rank.
+With G = 1 both compute the same thing, and the ratio is what the SPD layer itself costs. With more branches in
+the one process the ratio adds what it costs to compute every branch's MLP on its own input; for information,
+since a tensor-parallel run with M = G has one branch on a rank.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def measure(
         if branches == 1:
             facts["largest_difference"] = float((spd["forward"]() - stock["forward"]()).abs().max())
         for name, side in spd.items():
+            side(), stock[name]()  # warms up
             target = TARGET if branches == 1 else None
-            comparisons.append(interleave(f"G = {branches}, {name}", side, stock[name], args.repeats, target))
+            comparisons.append(interleave(f"G = {branches}, {name}", side, stock[name], args, target))
     # The worse of the two that have a target is the figure.
     return sorted(comparisons, key=lambda c: (c.target is None, -c.summary()["ratio"])), facts
 

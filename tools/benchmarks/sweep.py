@@ -1,8 +1,9 @@
-"""Algorithm 1's sweep against the naive one: a full forward of a Megatron-core GPTModel with its loss for every candidate.
+"""Algorithm 1's sweep against the naive one: for every candidate a full forward of a GPTModel with its loss.
 
-The naive side is measured on a few candidates, evenly spread from "every attention point dropped" to "none dropped", and scaled up to
-their number: its time per candidate changes evenly with the number of dropped points. Its models are built outside the measured time;
-reading the weights block by block is inside the time of our sweep.
+The naive side is measured on a few candidates, evenly spread from "every attention point dropped" to "none
+dropped", and scaled up to their number: its time for a candidate changes evenly with the number of dropped
+points. Its models are built outside the measured time; reading the weights block by block is inside the time of
+our sweep.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ TARGET = 0.55
 
 
 class NaiveSweep:
-    """Whole models of some candidates. ``starts``: a candidate drops the attention points from that block on; L drops none."""
+    """Whole models of some candidates.
+
+    ``starts``: a candidate drops the attention points from that block on; L drops none.
+    """
 
     def __init__(
         self, reader: CheckpointReader, runtime: Runtime, tokens: Tensor, args: argparse.Namespace
@@ -77,10 +81,10 @@ def measure(
     naive.perplexities()  # warms up
     seconds, reference = [], []
     for _ in range(args.repeats):
-        # Half of the naive time from before and half from after the sweep, which takes long enough for the machine to change.
-        before, expected = clocked(naive.perplexities)
-        taken, result = clocked(ours)
-        after, _ = clocked(naive.perplexities)
+        # The sweep takes long enough for the machine to change: measure the naive side before and after it.
+        before, expected = clocked(naive.perplexities, args.clock)
+        taken, result = clocked(ours, args.clock)
+        after, _ = clocked(naive.perplexities, args.clock)
         seconds.append(taken)
         reference.append((before + after) / 2 * scale)
     name = f"{naive.candidates} candidates, naive time scaled up from {len(naive.starts)}"

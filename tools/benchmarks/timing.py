@@ -1,7 +1,9 @@
 """What the benchmarks share: their options, interleaved timing of two sides, and the printing of ratios.
 
-The two sides run in turn in one process, and each repeat gives one ratio, so that a machine that is slower for a while is slower for
-both. The figure is the median of the ratios; their quartiles say how far to trust it.
+The two sides run in turn in one process, and each repeat gives one ratio, so that a machine that is slower for
+a while is slower for both. The figure is the median of the ratios; their quartiles say how far to trust it. On
+a machine whose cores are shared, threads that wait for one another distort both sides: there,
+``--threads 1 --clock cpu`` counts what the process itself computes.
 """
 
 from __future__ import annotations
@@ -25,10 +27,15 @@ from megatron_spd.runtime.distributed import initialize, shutdown
 
 Side = Callable[[], Any]
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Seconds of both sides in every repeat, for the same work. ``target``: the largest ratio that is good enough, if there is one."""
+    """Seconds of both sides in every repeat, for the same work.
+
+    ``target``: the largest ratio that is good enough, if there is one.
+    """
 
     name: str
     seconds: list[float]
@@ -41,10 +48,9 @@ class Comparison:
         return sorted(a / b for a, b in zip(self.seconds, self.reference_seconds, strict=True))
 
     def summary(self) -> dict[str, Any]:
-        """Name, median ``ratio`` with its quartiles ``ratio_low`` and ``ratio_high``, median seconds of both sides, ``target``."""
-        low, middle, high = (
-            statistics.quantiles(self.ratios, method="inclusive") if len(self.ratios) > 1 else self.ratios * 3
-        )
+        """As it goes into the JSON object: medians, and the quartiles of the ratio."""
+        ratios = self.ratios * 2 if len(self.ratios) == 1 else self.ratios
+        low, middle, high = statistics.quantiles(ratios, method="inclusive")
         return {
             "name": self.name,
             "ratio": middle,
@@ -58,25 +64,27 @@ class Comparison:
 
 
 def interleave(
-    name: str, ours: Side, reference: Side, repeats: int, target: float | None = None, warmups: int = 1
+    name: str, ours: Side, reference: Side, args: argparse.Namespace, target: float | None = None
 ) -> Comparison:
-    """Time ``ours`` and ``reference`` in turn, ``repeats`` times each; every other repeat starts with the reference."""
-    for _ in range(warmups):
-        ours(), reference()
+    """Time both sides in turn, as often and by the clock that ``args`` say; both should have run once before.
+
+    Every other repeat starts with the reference.
+    """
     seconds: dict[Side, list[float]] = {ours: [], reference: []}
-    for repeat in range(repeats):
+    for repeat in range(args.repeats):
         for side in (ours, reference) if repeat % 2 == 0 else (reference, ours):
-            seconds[side].append(clocked(side)[0])
+            seconds[side].append(clocked(side, args.clock)[0])
     return Comparison(name, seconds[ours], seconds[reference], target)
 
 
-def clocked(side: Side) -> tuple[float, Any]:
-    """Seconds that a call of ``side`` takes, and its result."""
+def clocked(side: Side, clock: str) -> tuple[float, Any]:
+    """Seconds that a call of ``side`` takes by one of :data:`CLOCKS`, and its result."""
+    now = CLOCKS[clock]
     _finish_device_work()
-    started = time.perf_counter()
+    started = now()
     result = side()
     _finish_device_work()
-    return time.perf_counter() - started, result
+    return now() - started, result
 
 
 def _finish_device_work() -> None:
@@ -94,6 +102,9 @@ def options(description: str, sequences: int, seq_length: int, repeats: int) -> 
     parser.add_argument("--sequences", type=int, default=sequences, help="token sequences that are computed")
     parser.add_argument("--seq-length", type=int, default=seq_length, help="tokens in each")
     parser.add_argument("--repeats", type=int, default=repeats, help="times that both sides are measured")
+    parser.add_argument("--threads", type=int, help="compute threads; PyTorch's own number if not given")
+    clock_help = "time passed, or time that this process computed"
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help=clock_help)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
@@ -113,6 +124,8 @@ def run(
     ``measure`` returns its comparisons, the most important first, and further facts for the JSON object.
     """
     args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     try:
         comparisons, facts = measure(args, CheckpointReader(args.model), initialize(1))
     except UserError as error:
@@ -120,11 +133,13 @@ def run(
         return 2
     shutdown()
     summaries = [c.summary() for c in comparisons]
-    print(f"{benchmark}: {args.sequences} x {args.seq_length} tokens, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    print(f"{benchmark}: {args.sequences} x {args.seq_length} tokens, {threads} threads, {args.clock} clock")
     for s in summaries:
         print(_line(s))
     if args.json:
-        given = {"model": args.model, "sequences": args.sequences, "seq_length": args.seq_length}
+        given = {name: getattr(args, name) for name in ("model", "sequences", "seq_length", "clock")}
+        given["threads"] = threads
         head = {"benchmark": benchmark, "ratio": summaries[0]["ratio"], "target": summaries[0]["target"]}
         print(
             json.dumps(head | given | facts | {"threads": torch.get_num_threads(), "comparisons": summaries})
@@ -133,10 +148,9 @@ def run(
 
 
 def _line(s: dict[str, Any]) -> str:
-    text = (
-        f"  {s['name']}: ratio {s['ratio']:.3f} (quartiles {s['ratio_low']:.3f} to {s['ratio_high']:.3f}, {s['repeats']} repeats), "
-        f"{s['seconds']:.4g} s against {s['reference_seconds']:.4g} s"
-    )
+    spread = f"quartiles {s['ratio_low']:.3f} to {s['ratio_high']:.3f}, {s['repeats']} repeats"
+    seconds = f"{s['seconds']:.4g} s against {s['reference_seconds']:.4g} s"
+    text = f"  {s['name']}: ratio {s['ratio']:.3f} ({spread}), {seconds}"
     if s["target"] is None:
         return text
     return f"{text}; target at most {s['target']}: {'met' if s['ratio'] <= s['target'] else 'missed'}"

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from megatron_spd.report.files import write_atomic
+from megatron_spd.files import write_atomic
 from megatron_spd.report.html import write_report
 from tests.unit.report.results import results
 

@@ -20,3 +20,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def write_text_atomic(path: Path, text: str) -> Path:
+    """:func:`write_atomic` of UTF-8 ``text``."""
+    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,375 @@
+"""What the user can get wrong: exit code 2, one clear line, no traceback, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_spd.checkpoint.hf import CheckpointReader
+from megatron_spd.plan import SPDPlan
+from tests.command_line import ERROR, Outcome, answer, command, files
+from tests.disk import small_disk
+from tests.models import make_llama, tiny_text
+
+BRANCHES = 2
+#: Prepares something wrong in the second folder, given the first (see ``world``); the options that show it.
+Mistake = Callable[[Path, Path], list[object]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of good things: two models, a text, and of the first a sensitivity, a plan, and what follows from it."""
+    folder = tmp_path_factory.mktemp("world")
+    for seed, name in enumerate(("model", "other")):
+        make_llama(folder / name, layers=2, seed=seed)
+    (folder / "text").write_text(tiny_text(), encoding="utf-8")
+    write_plan(folder / "model", folder / "plan.json")
+    write_plan(folder / "other", folder / "other_plan.json")
+    for name, more in {
+        "sensitivity": ["--out", folder / "s.json"],
+        "distill": ["--out", folder / "distilled"],
+        "export": ["--out", folder / "spd"],
+        "run": ["--out", folder / "run"],
+    }.items():
+        answer(*arguments(name, folder, folder), *more)
+    return folder
+
+
+def write_plan(model: Path, path: Path, **changes: Any) -> Path:
+    """A plan that drops both attention points of ``model`` and asks for everything; ``changes`` go into its JSON."""
+    plan = SPDPlan.dense(CheckpointReader(model).base_model(), BRANCHES).with_drops([0, 2])
+    plan = plan.with_block(0, tier="ESB", recovery="hg+b2b").with_block(1, tier="SB", recovery="b2b")
+    path.write_text(json.dumps(plan.to_dict() | changes))
+    return path
+
+
+def arguments(name: str, world: Path, out: Path) -> list[object]:
+    """A good command line of every command that writes to ``out``; options given after it win."""
+    model, plan = ["--model", world / "model"], ["--plan", world / "plan.json"]
+    data = ["--data", world / "text", "--sequences", 3, "--seq-length", 8]
+    branches, training = ["--branches", BRANCHES], ["--epochs", 1, "--micro-batch-size", 1, "--tracking", "none"]
+    return {
+        "prepare": ["prepare", *model, "--out", out / "out"],
+        "sensitivity": ["sensitivity", *model, *branches, *data, "--out", out / "out.json"],
+        "plan": ["plan", *model, *branches, "--sensitivity", world / "s.json", "--out", out / "out.json"],
+        "group": ["group", *model, *plan, *data, "--out", out / "out.json"],
+        "distill": ["distill", *model, *plan, *data, *training, "--out", out / "out"],
+        "export": ["export", *model, *plan, "--out", out / "out"],
+        "evaluate": ["evaluate", *model, *data],
+        "generate": ["generate", *model, "--prompt", "Every rank", "--max-new-tokens", 2],
+        "report": ["report", "--run", world / "run"],
+        "run": ["run", *model, *branches, *data, *training, "--out", out / "out", "--drop-ratio", 1, *_SMALL],
+    }[name]
+
+
+_SMALL = ["--eval-sequences", 2, "--distill-sequences", 3]
+
+
+def assert_one_line(outcome: Outcome, words: str) -> None:
+    assert outcome.code == 2
+    assert outcome.out == ""
+    (line,) = [e for e in outcome.err.splitlines() if e.startswith(ERROR)]
+    assert "Traceback" not in outcome.err
+    assert outcome.err.endswith(line + "\n")
+    assert words in line
+
+
+def damaged(world: Path, out: Path, edit: Callable[[Path], object]) -> list[object]:
+    """The model, copied and edited, as ``--model``; with ``--plan`` a plan made for it where it can be opened."""
+    shutil.copytree(world / "model", out / "model")
+    edit(out / "model")
+    return ["--model", out / "model"]
+
+
+def tensors(edit: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    """An edit of the tensors of a model folder."""
+
+    def apply(folder: Path) -> None:
+        held = load_file(folder / "model.safetensors")
+        edit(held)
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return apply
+
+
+def model(edit: Callable[[Path], object]) -> Mistake:
+    return lambda world, out: damaged(world, out, edit)
+
+
+def text(content: bytes) -> Mistake:
+    def write(world: Path, out: Path) -> list[object]:
+        (out / "text").write_bytes(content)
+        return ["--data", out / "text"]
+
+    return write
+
+
+def option(*values: object) -> Mistake:
+    return lambda world, out: list(values)
+
+
+def of_world(flag: str, name: str) -> Mistake:
+    """An option that names something that the world has."""
+    return lambda world, out: [flag, world / name]
+
+
+def new_file(flag: str, content: str, name: str = "given.json") -> Mistake:
+    def write(world: Path, out: Path) -> list[object]:
+        (out / name).write_text(content)
+        return [flag, out / name]
+
+    return write
+
+
+def occupied(name: str = "out") -> Mistake:
+    """Something of the user's lies where the output is to go."""
+
+    def write(world: Path, out: Path) -> list[object]:
+        (out / name).mkdir()
+        (out / name / "thesis.txt").write_text("years of work")
+        return []
+
+    return write
+
+
+def plan_of_version(version: int) -> Mistake:
+    return lambda world, out: ["--plan", write_plan(world / "model", out / "plan.json", version=version)]
+
+
+def edited_sensitivity(**changes: Any) -> Mistake:
+    def write(world: Path, out: Path) -> list[object]:
+        held = json.loads((world / "s.json").read_text())
+        (out / "s.json").write_text(json.dumps(held | changes))
+        return ["--sensitivity", out / "s.json"]
+
+    return write
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+TEXT = "Too short."
+CASES: list[tuple[str, Mistake, str]] = [
+    # A missing or empty model folder.
+    *[(c, option("--model", "nowhere"), "no model") for c in ("prepare", "evaluate", "generate", "run", "sensitivity")],
+    ("evaluate", lambda _, out: [(out / "m").mkdir(), "--model", out / "m"][1:], "has no config.json"),
+    ("evaluate", of_world("--model", "text"), "no model folder at"),
+    ("evaluate", model(lambda m: (m / "config.json").write_text("{")), "config.json is not JSON"),
+    ("evaluate", model(lambda m: (m / "model.safetensors").unlink()), "has no weights"),
+    ("evaluate", model(lambda m: (m / "tokenizer.json").unlink()), "has no tokenizer"),
+    # A missing or empty text, and one that is too short.
+    *[(c, option("--data", "nowhere"), "no text file") for c in ("evaluate", "sensitivity", "group", "distill", "run")],
+    ("run", option("--eval-data", "nowhere"), "no text file at nowhere"),
+    *[(c, text(b" \n"), "is empty") for c in ("evaluate", "run")],
+    ("evaluate", text(b"\xff\xfe\x00"), "is not UTF-8"),
+    *[(c, text(TEXT.encode()), "tokens, but 3 sequences of 8") for c in ("evaluate", "sensitivity", "group", "distill")],
+    ("run", text(tiny_text(3).encode()), "lower --sequences or --seq-length, or give a longer text"),
+    ("distill", option("--sequences", 1), "at least 2"),
+    ("distill", option("--gradient-accumulation", 50), "use more sequences or a smaller batch"),
+    ("run", option("--gradient-accumulation", 50), "use more sequences or a smaller batch"),
+    # G that does not divide heads, key/value groups or neurons.
+    *[(c, option("--branches", 4), "G may be one of [1, 2]") for c in ("sensitivity", "plan", "run")],
+    ("run", option("--branches", 0), "--branches is 0"),
+    # M.
+    ("distill", option("--tensor-parallel", 3), "M = 3 ranks cannot run a plan of G = 2 branches; M may be one of [1, 2]"),
+    ("run", option("--tensor-parallel", 2), "do not divide the 1 launched ranks"),
+    # Damaged weights.
+    *[(c, model(truncate), "truncated") for c in ("prepare", "evaluate", "export", "run")],
+    *[(c, model(tensors(lambda t: t.pop(NORM))), f"lacks tensor {NORM}") for c in ("prepare", "evaluate", "run")],
+    ("evaluate", model(tensors(lambda t: t.update({NORM: torch.ones(31)}))), "has shape [31]"),
+    ("evaluate", model(tensors(lambda t: t.update(extra=torch.ones(1)))), "does not account for"),
+    # Families.
+    *[(c, model(config(model_type="gpt2")), "gpt2") for c in ("prepare", "evaluate", "generate", "run")],
+    # Plans.
+    *[(c, of_world("--plan", "other_plan.json"), "the plan was made for") for c in ("group", "distill", "export")],
+    ("sensitivity", of_world("--plan", "other_plan.json"), "the plan was made for"),
+    *[(c, plan_of_version(99), "plan field 'version': got 99") for c in ("group", "distill", "export")],
+    ("export", option("--plan", "nowhere"), "no plan at nowhere"),
+    ("export", new_file("--plan", "{"), "is not JSON"),
+    ("export", new_file("--plan", "[]"), "plan"),
+    ("export", of_world("--model", "spd"), "is an SPD export already"),
+    ("evaluate", lambda w, o: _export_of_version(w, o, 99), "plan field 'version': got 99"),
+    # Distilled weights.
+    ("export", of_world("--distilled", "model"), "is not the output folder of `megatron-spd distill`"),
+    ("export", lambda w, o: _distilled_by_another_plan(w, o), "another plan"),
+    # Sensitivities.
+    ("plan", option("--sensitivity", "nowhere"), "no sensitivity file at nowhere"),
+    *[("plan", new_file("--sensitivity", bad), "is not a sensitivity file") for bad in ("{", "[]", "{}", '{"branches": 2}')],
+    ("plan", of_world("--model", "other"), "of another model"),
+    ("plan", edited_sensitivity(branches=1), "measured with G = 1, not G = 2"),
+    ("plan", lambda w, o: [*edited_sensitivity(single=None)(w, o), "--sync-points", "mlp"], "has no scores"),
+    ("plan", option("--drop-count", 9), "9"),
+    # Outputs.
+    *[(c, occupied(), "out") for c in ("prepare", "export", "run")],
+    *[(c, occupied("out.json"), "is a folder") for c in ("sensitivity", "plan", "group")],
+    *[(c, new_file("--out", "thesis", "mine"), "mine") for c in ("prepare", "export", "run", "distill")],
+    ("prepare", lambda w, o: ["--model", w / "other", "--out", _copy(w / "model", o)], "already holds something else"),
+    ("export", lambda w, o: ["--plan", _other_drops(w, o), "--out", _copy(w / "spd", o)], "already holds something else"),
+    ("run", lambda w, o: ["--model", w / "other", "--out", _copy(w / "run", o)], "holds another run"),
+    ("run", lambda w, o: ["--seed", 5, "--out", _copy(w / "run", o)], "holds another run: its seed is 1234, this one's 5"),
+    ("run", lambda w, o: ["--out", _copy(w / "run", o, "run.json")], "run.json"),
+    ("distill", lambda w, o: ["--seed", 5, "--out", _copy(w / "distilled", o)], "another distillation"),
+    ("distill", lambda w, o: ["--seed", 5, "--tracking", "wandb", "--out", _copy(w / "distilled", o)], "another dist"),
+    ("report", of_world("--run", "model"), "holds no finished run"),
+    # DeepSpeed's configuration.
+    *[(c, option("--deepspeed_config", "nowhere"), "no DeepSpeed config at nowhere") for c in ("distill", "run")],
+    ("distill", new_file("--deepspeed_config", '{"zero_optimization": {"stage": 3}}'), "ZeRO stage 3"),
+]
+
+
+def _copy(source: Path, out: Path, spoiled: str | None = None) -> Path:
+    """A copy of a folder as ``out/held``, one of its files overwritten."""
+    shutil.copytree(source, out / "held")
+    if spoiled is not None:
+        (out / "held" / spoiled).write_text("{")
+    return out / "held"
+
+
+def _other_drops(world: Path, out: Path) -> Path:
+    plan = SPDPlan.load(world / "plan.json").with_drops([2])
+    plan.save(out / "plan.json")
+    return out / "plan.json"
+
+
+def _export_of_version(world: Path, out: Path, version: int) -> list[object]:
+    held = _copy(world / "spd", out)
+    plan = json.loads((held / "config.json").read_text())["spd_plan"]
+    config(spd_plan=plan | {"version": version})(held)
+    return ["--model", held]
+
+
+def _distilled_by_another_plan(world: Path, out: Path) -> list[object]:
+    return ["--plan", _other_drops(world, out), "--distilled", world / "distilled"]
+
+
+def _name(case: Any) -> str | None:
+    return case if isinstance(case, str) else None
+
+
+@pytest.mark.parametrize(("name", "mistake", "words"), CASES, ids=_name)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    world: Path, tmp_path: Path, name: str, mistake: Mistake, words: str
+) -> None:
+    argv = [*arguments(name, world, tmp_path), *mistake(world, tmp_path)]
+    before = files(tmp_path)
+    outcome = command(*argv)
+    assert_one_line(outcome, words)
+    assert outcome.err.count("\n") == 1
+    assert files(tmp_path) == before
+
+
+# ---- NaN and infinity ---------------------------------------------------------------------------------------------
+
+
+def put(name: str, value: float) -> Callable[[Path], None]:
+    return tensors(lambda held: held[name].view(-1).__setitem__(7, value))
+
+
+#: Finite weights whose products overflow fp32.
+OVERFLOW = tensors(lambda held: held[DOWN].mul_(2e38))
+WHERE = {"nan in a weight": put(DOWN, float("nan")), "inf in a weight": put(DOWN, float("inf")), "overflow": OVERFLOW}
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("name", ["evaluate", "sensitivity", "group", "distill", "run"])
+def test_not_a_number(world: Path, tmp_path: Path, name: str, where: str) -> None:
+    argv = [*arguments(name, world, tmp_path), *damaged(world, tmp_path, WHERE[where])]
+    if "--plan" in argv:
+        # Both blocks are grouped, so that `group` too meets the damage in the last one.
+        write_plan(tmp_path / "model", tmp_path / "plan.json", blocks=[{"recovery": "hg+b2b"}] * 2)
+        argv += ["--plan", tmp_path / "plan.json"]
+    assert_one_line(command(*argv), "finite" if where == "overflow" else DOWN)
+    assert not (tmp_path / "out.json").exists()
+    assert not list(tmp_path.rglob("unit_*"))
+    assert not (tmp_path / "out" / "export").exists()
+
+
+@pytest.mark.parametrize("name", ["prepare", "export"])
+def test_not_a_number_is_not_written_out(world: Path, tmp_path: Path, name: str) -> None:
+    argv = [*arguments(name, world, tmp_path), *damaged(world, tmp_path, put(DOWN, float("nan")))]
+    if "--plan" in argv:
+        argv += ["--plan", write_plan(tmp_path / "model", tmp_path / "plan.json")]
+    before = files(tmp_path)
+    assert_one_line(command(*argv), DOWN)
+    assert files(tmp_path) == before
+
+
+# ---- ranks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sensitivity", "evaluate", "distill", "run"])
+def test_ranks_that_fit_no_case(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As the main one of three ranks that a launcher has started sees it."""
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(variable, value)
+    assert_one_line(command(*arguments(name, world, tmp_path)), "M = 3 ranks")
+    assert files(tmp_path) == {}
+
+
+def test_ranks_that_fit_no_case_under_our_launcher(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    outcome = command(*arguments("run", world, tmp_path), "--ranks", 3)
+    assert_one_line(outcome, "M = 3 ranks cannot run a plan of G = 2 branches")
+    assert capfd.readouterr().err == ""
+    assert files(tmp_path) == {}
+
+
+# ---- a full disk --------------------------------------------------------------------------------------------------
+
+
+def test_no_space_for_an_export(world: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 60) as disk:
+        argv = [*arguments("export", world, disk)]
+        assert_one_line(command(*argv), "no space left on the device")
+        assert files(disk) == {}
+
+
+@pytest.mark.parametrize("kilobytes", [4, 40, 150, 250])
+def test_no_space_for_a_run(world: Path, tmp_path: Path, kilobytes: int) -> None:
+    """Wherever it stops, what is there is whole; with more space the same command ends as ever."""
+    with small_disk(tmp_path / "disk", kilobytes) as disk:
+        assert_one_line(command(*arguments("run", world, disk)), "no space left on the device")
+        left = files(disk)
+        assert not [name for name in left if name.endswith((".tmp", ".partial"))]
+        assert "out/report/report.html" not in left
+        for name, content in left.items():
+            if name.endswith(".json"):
+                json.loads(content)
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        answer(*arguments("run", world, disk))
+        assert files(disk / "out" / "export") == files(world / "run" / "export")
+
+
+# ---- a process of its own -----------------------------------------------------------------------------------------
+
+
+def test_nothing_but_the_line_is_printed(world: Path, tmp_path: Path) -> None:
+    """Neither do the libraries that are loaded on the way have a say."""
+    argv = [*arguments("evaluate", world, tmp_path), "--model", "nowhere"]
+    program = [sys.executable, "-m", "megatron_spd.cli", *map(str, argv)]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert_one_line(Outcome(done.returncode, done.stdout, done.stderr), "no model folder at nowhere")
+    assert done.stderr.count("\n") == 1
