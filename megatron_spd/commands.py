@@ -23,10 +23,11 @@ from megatron_spd.config import (
     SensitivityOptions,
 )
 from megatron_spd.distill.tracking import Tracker
+from megatron_spd.distill.units import UnitStore, check_distilled_for
 from megatron_spd.errors import UserError
 from megatron_spd.evaluate.perplexity import plan_perplexity
+from megatron_spd.files import write_text_atomic
 from megatron_spd.plan import SPDPlan
-from megatron_spd.files import write_atomic
 from megatron_spd.report.plots import plot_sensitivity
 from megatron_spd.report.tables import dropped_in_words, sensitivity_table, summary_table
 from megatron_spd.runtime.distributed import Runtime, initialize, shutdown
@@ -76,12 +77,15 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     path = Path(options.sensitivity)
     if not path.is_file():
         raise UserError(f"no sensitivity file at {path}; make one with `megatron-spd sensitivity`")
+    out = _output_file(options.out)
     try:
-        measured = json.loads(path.read_text(encoding="utf-8"))
+        measured = dict(json.loads(path.read_text(encoding="utf-8")))
         made, thresholds = stages.choose_plan(
             reader.base_model(), options.branches, measured, options, options.model
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a sensitivity file ({error!r}); make one with `megatron-spd sensitivity`"
         ) from None
@@ -90,7 +94,7 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         thresholds=dataclasses.asdict(thresholds),
         versions=stages.package_versions(),
     )
-    made.save(_output_file(options.out))
+    made.save(out)
     return {
         "out": options.out,
         "dropped": made.dropped,
@@ -106,10 +110,11 @@ def group(options: GroupOptions) -> dict[str, Any]:
     reader = _plain_model(options.model)
     given = stages.load_plan(options.plan, reader)
     tokens = stages.calibration_tokens(reader, options)
+    out = _output_file(options.out)
     runtime = initialize()
     made = stages.group_plan(stages.make_streamer(reader, runtime), given, tokens)
     if runtime.is_main:
-        made.save(_output_file(options.out))
+        made.save(out)
     shutdown()
     grouped = {i: b.kv_group_order for i, b in enumerate(made.blocks) if b.kv_group_order is not None}
     return {
@@ -127,13 +132,13 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     tokens = stages.calibration_tokens(reader, options)
     seconds = None if options.max_minutes is None else options.max_minutes * 60
     settings = stages.distill_settings(options, seconds)
+    settings.check_amount(len(tokens), runtime.dp_size)
     folder = Path(options.out)
+    store = UnitStore(folder / "distill", settings.identity(given, tokens), runtime)
     with Tracker(options.tracking, folder, runtime.is_main) as tracker:
         tracker.config(dataclasses.asdict(options))
         tracker.plan_artifact(options.plan)
-        records = stages.run_distillation(
-            reader, runtime, given, tokens, settings, folder / "distill", tracker
-        )
+        records = stages.run_distillation(reader, runtime, given, tokens, settings, store, tracker)
         columns = ["blocks", "loss_before", "loss_after", "kept"]
         tracker.table("units", columns, [[str(r["blocks"]), *(r[c] for c in columns[1:])] for r in records])
     shutdown()
@@ -156,18 +161,17 @@ def export(options: ExportOptions) -> dict[str, Any]:
     """See ExportOptions."""
     reader = _plain_model(options.model)
     given = stages.load_plan(options.plan, reader)
-    distilled = None if options.distilled is None else _distilled_folder(options.distilled)
+    distilled = None if options.distilled is None else _distilled_folder(options.distilled, given)
     runtime = initialize()
     stages.write_export(reader, runtime, given, distilled, Path(options.out))
     shutdown()
     return {"out": options.out, "text": f"SPD model exported to {options.out}"}
 
 
-def _distilled_folder(path: str) -> Path:
+def _distilled_folder(path: str, plan: SPDPlan) -> Path:
     folder = Path(path)
     folder = folder / "distill" if (folder / "distill").is_dir() else folder
-    if not (folder / "identity").is_file():
-        raise UserError(f"{path} is not the output folder of `megatron-spd distill`; give that folder")
+    check_distilled_for(plan, folder)
     return folder
 
 
@@ -244,5 +248,4 @@ def _output_file(path: str) -> Path:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text_atomic(path, json.dumps(content, indent=1) + "\n")

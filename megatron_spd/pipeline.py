@@ -23,11 +23,12 @@ from megatron_spd.calibration.stream import BlockStreamer
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.config import RunOptions
 from megatron_spd.distill.tracking import Tracker
+from megatron_spd.distill.units import UnitStore
 from megatron_spd.errors import UserError
 from megatron_spd.evaluate.generate import generate_text
 from megatron_spd.evaluate.perplexity import plan_perplexity
+from megatron_spd.files import write_text_atomic
 from megatron_spd.plan import SPDPlan
-from megatron_spd.files import write_atomic
 from megatron_spd.report.html import write_report
 from megatron_spd.runtime.distributed import Runtime
 from megatron_spd.sensitivity.sweep import Method, sweep
@@ -60,7 +61,10 @@ class RunFolder:
     def _claim(self, identity: dict[str, Any]) -> str | None:
         stamp = self.folder / "run.json"
         if stamp.is_file():
-            held = json.loads(stamp.read_text(encoding="utf-8"))
+            try:
+                held = dict(json.loads(stamp.read_text(encoding="utf-8")))
+            except (ValueError, TypeError):
+                return f"{stamp} is not the record of a run; give a new or empty folder as --out"
             different = [k for k in identity if held.get(k) != identity[k]]
             if different:
                 key = different[0]
@@ -77,8 +81,7 @@ class RunFolder:
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file of the run atomically (main rank only)."""
         if self.runtime.is_main:
-            text = json.dumps(content, indent=1) + "\n"
-            write_atomic(self.folder / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            write_text_atomic(self.folder / name, json.dumps(content, indent=1) + "\n")
 
     def stage(self, name: str, work: Callable[[], Any]) -> Any:
         """The JSON-able result of ``work()``, from the folder if the stage is finished. The same on every rank."""
@@ -104,7 +107,10 @@ def run_pipeline(reader: CheckpointReader, runtime: Runtime, options: RunOptions
     """All stages; returns the results that the report is made of. Called on every rank."""
     started = time.monotonic()
     tokens, training, scoring = _texts(reader, options)
-    folder = RunFolder(Path(options.out), _identity(reader, options, tokens, scoring), runtime)
+    if options.recovery == "paper":
+        # Here, before hours of measuring.
+        stages.distill_settings(options, None).check_amount(len(training), runtime.dp_size)
+    folder = RunFolder(Path(options.out), _identity(reader, options, tokens, training, scoring), runtime)
     with Tracker(options.tracking, folder.folder, runtime.is_main) as tracker:
         tracker.config(dataclasses.asdict(options))
         return _Pipeline(reader, runtime, options, folder, tracker, started).run(tokens, training, scoring)
@@ -119,12 +125,10 @@ def _texts(reader: CheckpointReader, options: RunOptions) -> tuple[Tensor, Tenso
     return tokens, training, stages.calibration_tokens(reader, scored, options.eval_sequences, used)
 
 
-def _identity(
-    reader: CheckpointReader, options: RunOptions, tokens: Tensor, scoring: Tensor
-) -> dict[str, Any]:
+def _identity(reader: CheckpointReader, options: RunOptions, *texts: Tensor) -> dict[str, Any]:
     named = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE_OPTIONS}
-    texts = hashlib.sha256(tokens.numpy().tobytes() + scoring.numpy().tobytes()).hexdigest()
-    return {"fingerprint": reader.fingerprint(), "text": texts, **named}
+    text = hashlib.sha256(b"".join(t.numpy().tobytes() for t in texts)).hexdigest()
+    return {"fingerprint": reader.fingerprint(), "text": text, **named}
 
 
 class _Pipeline:
@@ -236,9 +240,8 @@ class _Pipeline:
             )
             seconds = self.runtime.from_main(seconds)
         settings = stages.distill_settings(self.options, seconds)
-        return stages.run_distillation(
-            self.reader, self.runtime, plan, tokens, settings, self.path / "distill", self.tracker
-        )
+        store = UnitStore(self.path / "distill", settings.identity(plan, tokens), self.runtime)
+        return stages.run_distillation(self.reader, self.runtime, plan, tokens, settings, store, self.tracker)
 
     def _export(self, plan: SPDPlan) -> list[int]:
         exported = stages.write_export(

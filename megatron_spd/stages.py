@@ -108,6 +108,7 @@ def choose_plan(
     points but the extremely sensitive. Raises UserError if the measurement is of another model or G, or lacks
     scores.
     """
+    base.check_branches(branches)
     if sensitivity.get("fingerprint") not in (None, base.fingerprint):
         raise UserError(
             f"the sensitivity file is of another model than {name}; measure again with `megatron-spd sensitivity`"
@@ -191,11 +192,10 @@ def run_distillation(
     plan: SPDPlan,
     tokens: Tensor,
     settings: DistillSettings,
-    folder: Path,
+    store: UnitStore,
     tracker: Tracker,
 ) -> list[dict[str, Any]]:
-    """Distil the plan's units into ``folder``; the records of all of them."""
-    store = UnitStore(folder, settings.identity(plan, tokens), runtime)
+    """Distil the plan's units into ``store``; the records of all of them."""
     streamer = make_streamer(
         reader, runtime, plan, dtype=settings.engine.dtype, micro_batch=settings.engine.micro_batch_size
     )

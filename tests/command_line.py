@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spd import cli
+from megatron_spd.runtime.distributed import shutdown
 
 #: What starts a line for the user.
 ERROR = "megatron-spd: error: "
@@ -30,6 +31,8 @@ def command(*argv: object) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.main([str(a) for a in argv])
+    # A process of its own would have ended; here the groups that a failed command has joined must not pile up.
+    shutdown()
     return Outcome(code, out.getvalue(), err.getvalue())
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from megatron_spd.comm.all_reduce import all_reduce
 from megatron_spd.distill.engine import EngineSettings, deepspeed_config, make_engine
 from megatron_spd.distill.losses import LOSSES
 from megatron_spd.distill.tracking import Tracker
-from megatron_spd.distill.units import UnitStore
+from megatron_spd.distill.units import UnitStore, plan_mark
 from megatron_spd.errors import UserError
 from megatron_spd.models.build import DTYPES, BlockUnit
 from megatron_spd.models.weights import unshard_block
@@ -52,14 +53,38 @@ class DistillSettings:
     max_seconds: float | None = None
 
     def identity(self, plan: SPDPlan, tokens: Tensor) -> str:
-        """A hash of everything that decides the resulting weights."""
+        """A hash of everything that decides the resulting weights, behind the plan's own mark (``units.plan_mark``)."""
         plan_part = {k: v for k, v in plan.to_dict().items() if k != "provenance"}
         settings = dataclasses.asdict(self)
         # A time budget decides when training stops, not what is trained; a continued run may have another.
         settings.pop("max_seconds")
         settings["config_file"] = deepspeed_config(self.engine, 1)
         text = json.dumps([plan_part, settings], sort_keys=True).encode()
-        return hashlib.sha256(text + tokens.numpy().tobytes()).hexdigest()
+        return f"{plan_mark(plan)} {hashlib.sha256(text + tokens.numpy().tobytes()).hexdigest()}"
+
+    def check_amount(self, sequences: int, replicas: int = 1) -> None:
+        """Raise UserError unless ``sequences`` are enough to hold some out and to make one optimizer step of the
+        rest on each of ``replicas`` data-parallel replicas, or if the DeepSpeed config is not usable."""
+        config = deepspeed_config(self.engine, 1)
+        if sequences < 2:
+            raise UserError(
+                f"distillation was given {sequences} sequence(s); it needs at least 2 (one is held out)"
+            )
+        training = sequences - self.held_out_count(sequences)
+        micro_batch, accumulation = (
+            config["train_micro_batch_size_per_gpu"],
+            config["gradient_accumulation_steps"],
+        )
+        each = training * self.epochs // replicas
+        if each < micro_batch * accumulation:
+            raise UserError(
+                f"{training} training sequences x {self.epochs} epochs give {each} to each replica, less "
+                f"than one step of {micro_batch} x {accumulation}; use more sequences or a smaller batch"
+            )
+
+    def held_out_count(self, sequences: int) -> int:
+        """How many of ``sequences`` judge; the last ones do."""
+        return max(1, round(sequences * self.held_out))
 
 
 def units_to_train(plan: SPDPlan) -> list[range]:
@@ -84,10 +109,8 @@ def distill(
     units = units_to_train(plan)
     if settings.loss not in LOSSES:
         raise UserError(f"loss {settings.loss!r} is not known; choose one of {sorted(LOSSES)}")
-    if units and len(tokens) < 2:
-        raise UserError(
-            f"distillation was given {len(tokens)} sequence(s); it needs at least 2 (one is held out)"
-        )
+    if units:
+        settings.check_amount(len(tokens), streamer.runtime.dp_size)
     # The main rank decides: others may see a shared disk late.
     missing = streamer.runtime.from_main([u for u in units if not store.has(u)])
     clock = _Clock(settings.max_seconds, len(missing))
@@ -158,9 +181,14 @@ class _UnitTrainer:
     def run(self, inputs: Tensor, targets: Tensor, seconds: float | None) -> dict[str, Any]:
         """Train on ``inputs`` -> ``targets``, both [s, n, h]; ``seconds``: stop then, if given."""
         n = inputs.shape[1]
-        held_out = max(1, round(n * self.settings.held_out))
-        train, judge = slice(0, n - held_out), slice(n - held_out, n)
+        first_judge = n - self.settings.held_out_count(n)
+        train, judge = slice(0, first_judge), slice(first_judge, n)
         before = self._held_out_loss(inputs[:, judge], targets[:, judge])
+        if not (bool(torch.isfinite(targets).all()) and math.isfinite(before)):
+            raise UserError(
+                f"the hidden states behind {_name(self.unit)} are not finite on this text: the model's activations "
+                "overflow or hold NaN; check the checkpoint, or use --dtype fp32"
+            )
         losses = self._train(inputs[:, train], targets[:, train], seconds)
         after = self._held_out_loss(inputs[:, judge], targets[:, judge])
         return {
@@ -210,11 +238,6 @@ class _UnitTrainer:
         )
         least = len(order) // self.runtime.dp_size
         share = order[self.runtime.dp_rank :: self.runtime.dp_size][:least]
-        if least < self.micro_batch * self.accumulation:
-            raise UserError(
-                f"{sequences} training sequences x {self.settings.epochs} epochs give {least} to each replica, less "
-                f"than one step of {self.micro_batch} x {self.accumulation}; use more sequences or a smaller batch"
-            )
         return [b for b in share.split(self.micro_batch) if len(b) == self.micro_batch]
 
     @torch.no_grad()

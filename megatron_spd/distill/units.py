@@ -32,7 +32,9 @@ def check_distilled_for(plan: SPDPlan, folder: Path) -> None:
     if not stamp.is_file():
         raise UserError(f"{folder} is not the output folder of `megatron-spd distill`; give that folder")
     if not stamp.read_text(encoding="utf-8").startswith(plan_mark(plan)):
-        raise UserError(f"the units in {folder} were distilled for another plan; give the plan they were made with")
+        raise UserError(
+            f"the units in {folder} were distilled for another plan; give the plan they were made with"
+        )
 
 
 class UnitStore:
@@ -92,10 +94,7 @@ class UnitStore:
                 for block, tensors in blocks.items()
                 for name, t in tensors.items()
             }
-            path = self._path(unit, "safetensors")
-            temporary = path.with_name(path.name + ".tmp")
-            save_file(flat, temporary)
-            os.replace(temporary, path)
+            write_atomic(self._path(unit, "safetensors"), lambda temporary: save_file(flat, temporary))
         write_text_atomic(self._path(unit, "json"), json.dumps(record))
 
 

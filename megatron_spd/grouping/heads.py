@@ -24,6 +24,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_spd.errors import UserError
 from megatron_spd.plan import BaseModel
 
 #: Partitions of up to this many items are exact; of more, found by :func:`_local_search`.
@@ -33,6 +34,8 @@ _CHUNK_ELEMENTS = 2**26
 _SEARCH_STARTS = 16
 
 Distances = NDArray[np.float64]
+
+_NOT_FINITE = "head grouping met activations that overflow or hold NaN on this text: not finite; check the checkpoint"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def group_heads(
         First-position tokens count in no norm: they carry massive activations (method section 7).
 
     Raises:
-        UserError: G does not divide the model.
+        UserError: G does not divide the model, or activations overflow or hold NaN.
         ValueError: ``x`` is not [s > 1, b, h].
     """
     base.check_branches(branches)
@@ -74,8 +77,13 @@ def group_heads(
     gram = attention_signatures(
         itertools.chain.from_iterable(block.attention(x[:, i], contexts) for i in sequences)
     )
-    parts = partition_heads(group_distances(gram, base.num_key_value_heads), branches)
+    distances = group_distances(gram, base.num_key_value_heads)
+    if not np.isfinite(distances).all():
+        raise UserError(_NOT_FINITE)
+    parts = partition_heads(distances, branches)
     norms = np.sqrt(sum(block.mlp_energy(x[:, i], contexts[i], parts) for i in sequences))
+    if not np.isfinite(norms).all():
+        raise UserError(_NOT_FINITE)
     return [group for part in match_heads_to_shards(norms) for group in parts[part]]
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from megatron_spd.report import plots, tables
 from megatron_spd.files import write_atomic
+from megatron_spd.report import plots, tables
 from megatron_spd.sensitivity.tiers import Thresholds
 
 

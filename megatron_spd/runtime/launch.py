@@ -152,13 +152,13 @@ class _Watch:
         return sorted(r for r in ended if statuses[r].state != "done"), statuses
 
     def _ended(self) -> set[int]:
-        return {rank for rank, h in self.handles.items() if h is None or select.select([h], [], [], 0)[0]}
+        return {rank for rank, h in self.handles.items() if h is None or _readable([h], 0.0)}
 
     def _wait(self) -> None:
         """Sleep until a running rank ends, but no longer than POLL."""
         ended = self._ended()
         running = [h for rank, h in self.handles.items() if h is not None and rank not in ended]
-        select.select(running, [], [], POLL)
+        _readable(running, POLL)
 
     def _error(self, dead: list[int], statuses: dict[int, RankStatus]) -> Exception:
         if dead:
@@ -180,6 +180,15 @@ class _Watch:
     def _let_leave(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.launcher.wait(LEAVE)
+
+
+def _readable(handles: Sequence[int], seconds: float) -> bool:
+    """Wait until one of ``handles`` is readable (a pidfd: its process has ended), at most ``seconds``."""
+    # Not select(), which takes no file descriptor above 1023.
+    poll = select.poll()
+    for handle in handles:
+        poll.register(handle, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
 
 
 def _died(ranks: list[int]) -> str:

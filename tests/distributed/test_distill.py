@@ -14,7 +14,7 @@ from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.distill.engine import EngineSettings
 from megatron_spd.distill.recipe import DistillSettings, units_to_train
 from megatron_spd.distill.tracking import Tracker
-from megatron_spd.distill.units import distilled_block
+from megatron_spd.distill.units import UnitStore, distilled_block
 from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import initialize
 from megatron_spd.stages import make_streamer, run_distillation
@@ -60,9 +60,9 @@ def settings(
 def distilled(model: Path, out: Path, tp: int, given: DistillSettings) -> list[dict[str, Any]]:
     runtime = initialize(tp)
     reader = CheckpointReader(model)
-    return run_distillation(
-        reader, runtime, make_plan(model), make_tokens(), given, out, Tracker("none", out)
-    )
+    plan, tokens = make_plan(model), make_tokens()
+    store = UnitStore(out, given.identity(plan, tokens), runtime)
+    return run_distillation(reader, runtime, plan, tokens, given, store, Tracker("none", out))
 
 
 def reference(
@@ -180,7 +180,6 @@ def count_blocks_loaded(model: Path, out: Path, given: DistillSettings) -> int:
     weights = streamer.weights
     streamer.weights = lambda block: (loaded.append(block), weights(block))[1]
     from megatron_spd.distill.recipe import distill
-    from megatron_spd.distill.units import UnitStore
 
     store = UnitStore(out, given.identity(plan, make_tokens()), runtime)
     distill(streamer, plan, make_tokens(), given, store, Tracker("none", out))

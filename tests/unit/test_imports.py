@@ -23,7 +23,7 @@ LEVELS: list[set[str]] = [
     {"models", "grouping.permute"},
     {"checkpoint", "calibration"},
     {"sensitivity", "grouping", "distill", "evaluate"},
-    {"report"},
+    {"report", "stages"},
     {"pipeline", "commands"},
     {"cli"},
 ]
