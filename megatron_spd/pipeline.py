@@ -35,6 +35,8 @@ from megatron_spd.sensitivity.sweep import Method, sweep
 
 PROMPT = "The most important thing about a network of computers is"
 _SAMPLE_TOKENS = 40
+#: Parts of a run's identity that say nothing to a reader, and what they stand for.
+_HASHES = {"fingerprint": "model", "text": "text"}
 #: Options that may differ when a run is continued.
 _FREE_OPTIONS = {
     "config",
@@ -67,9 +69,8 @@ class RunFolder:
                 return f"{stamp} is not the record of a run; give a new or empty folder as --out"
             different = [k for k in identity if held.get(k) != identity[k]]
             if different:
-                key = different[0]
                 return (
-                    f"{self.folder} holds another run: its {key} is {held.get(key)!r}, this one's {identity[key]!r}; "
+                    f"{self.folder} holds another run: {_difference(different[0], held, identity)}; "
                     "give another --out, or the same options to continue it"
                 )
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
@@ -101,6 +102,12 @@ class RunFolder:
         """Wall time of the finished stages in their order."""
         paths = sorted((self.folder / "stages").glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
         return {p.stem: json.loads(p.read_text())["seconds"] for p in paths}
+
+
+def _difference(key: str, held: dict[str, Any], wanted: dict[str, Any]) -> str:
+    if key in _HASHES:
+        return f"it was made from another {_HASHES[key]}"
+    return f"its {key} is {held.get(key)!r}, this one's {wanted[key]!r}"
 
 
 def run_pipeline(reader: CheckpointReader, runtime: Runtime, options: RunOptions) -> dict[str, Any]:

@@ -35,7 +35,9 @@ _SEARCH_STARTS = 16
 
 Distances = NDArray[np.float64]
 
-_NOT_FINITE = "head grouping met activations that overflow or hold NaN on this text: not finite; check the checkpoint"
+_NOT_FINITE = (
+    "head grouping met activations that overflow or hold NaN on this text: not finite; check the checkpoint"
+)
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,10 @@ class BranchColumnParallelLinear(ColumnParallelLinear):
         branches see the same input."""
         if input_.shape[0] == 1:
             return super().forward(input_[0], *args, **kwargs)
-        weights = self.weight.view(self.parts, self.local_branches, -1, self.weight.shape[-1])
-        outputs = [
-            torch.stack([_matmul(self, z, weights[part, g]) for g, z in enumerate(input_.unbind())], dim=-2)
-            for part in range(self.parts)
-        ]
-        output = torch.stack(outputs, dim=-3).flatten(-3)
+        runs = self.weight.view(self.parts, self.local_branches, -1, self.weight.shape[-1])
+        output = torch.cat(
+            [_matmul(self, z, w) for part in runs for z, w in zip(input_, part, strict=True)], -1
+        )
         if self.bias is None:
             return output, None
         return (output, self.bias) if self.skip_bias_add else (output + self.bias, None)

@@ -159,7 +159,7 @@ def test_bf16(model: Path, tmp_path: Path, stage: int) -> None:
     records = run_ranks(2, distilled, model, tmp_path / "out", 2, settings(tmp_path, 1, 1, stage, "bf16"))[0]
     losses = reference(model)[1]
     for record in records:
-        assert record["losses"] == pytest.approx(losses[record["blocks"][0]], rel=0.05)
+        assert record["losses"] == pytest.approx(losses[record["blocks"][0]], rel=0.1)
         assert record["losses"][-1] < record["losses"][0]
 
 

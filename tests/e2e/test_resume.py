@@ -176,7 +176,7 @@ def rank_processes(parent: int) -> dict[int, psutil.Process]:
 def test_a_rank_killed_while_distilling_is_named_and_the_command_goes_on(work: Path, tmp_path: Path) -> None:
     argv: list[object] = ["distill", "--model", work / "model", "--plan", work / "whole" / "plan.json"]
     argv += ["--data", work / "text", "--sequences", 8, "--seq-length", 16, "--out", tmp_path / "d"]
-    argv += ["--epochs", 60, *TRAINING, "--tracking", "none"]
+    argv += ["--epochs", 30, *TRAINING, "--tracking", "none"]
     with started([*argv, "--ranks", 2]) as process:
         deadline = time.monotonic() + 120
         while not (finished := list((tmp_path / "d" / "distill").glob("unit_*.json"))):

@@ -19,8 +19,7 @@ LEVELS: list[set[str]] = [
     {"plan", "config", "runtime", "progress"},
     {"comm"},
     {"layers"},
-    # The permutation of a block follows from the family's table alone.
-    {"models", "grouping.permute"},
+    {"models"},
     {"checkpoint", "calibration"},
     {"sensitivity", "grouping", "distill", "evaluate"},
     {"report", "stages"},
@@ -46,10 +45,8 @@ def modules() -> dict[str, Path]:
 
 
 def part_of(module: str) -> str:
-    """The part in LEVELS that ``module`` belongs to: its longest prefix there, else its first name."""
-    names = module.split(".")
-    prefixes = (".".join(names[:n]) for n in range(len(names), 0, -1))
-    return next((prefix for prefix in prefixes if prefix in LEVEL), names[0])
+    """The part in LEVELS that ``module`` belongs to."""
+    return module.split(".")[0]
 
 
 def imports(path: Path, module: str) -> Iterator[str]:
@@ -129,7 +126,7 @@ def test_frameworks_stay_in_their_places(framework: str) -> None:
         module
         for module, path in modules().items()
         if any(name.split(".")[0] == framework for name in imports(path, module))
-        and part_of(module).split(".")[0] not in PLACES[framework]
+        and part_of(module) not in PLACES[framework]
     ]
     assert not outside
 
