@@ -56,8 +56,8 @@ def initialize(tensor_parallel: int | None = None, seed: int = 1234) -> Runtime:
     """Join the process groups (gloo without CUDA, NCCL with it) and seed every generator.
 
     ``tensor_parallel``: M, default all ranks; the remaining factor of the world size is data parallel.
-    Without a launcher's environment the process is a world of one. Calling it again with another M rebuilds
-    the groups.
+    Without a launcher's environment the process is a world of one. It may be called again, also
+    with another M.
 
     Raises UserError if M does not divide the number of ranks.
     """
@@ -69,9 +69,11 @@ def initialize(tensor_parallel: int | None = None, seed: int = 1234) -> Runtime:
     size = world if tensor_parallel is None else tensor_parallel
     if size < 1 or world % size:
         raise UserError(f"M = {size} tensor-parallel ranks do not divide the {world} launched ranks")
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+    initialized = parallel_state.model_parallel_is_initialized()
+    if initialized and parallel_state.get_tensor_model_parallel_world_size() != size:
+        _close_model_parallel()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
     torch.manual_seed(seed)
     tensor_parallel_seed(seed)
     return Runtime(
@@ -95,9 +97,17 @@ def tensor_parallel_seed(seed: int) -> None:
 def shutdown() -> None:
     """Leave the process groups, if joined."""
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _close_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _close_model_parallel() -> None:
+    """Destroy Megatron-core's groups. It only forgets them, and each of some twenty keeps its threads running."""
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _device() -> torch.device:

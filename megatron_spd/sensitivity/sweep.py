@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_spd.calibration.stream import BlockStreamer
+from megatron_spd.files import write_atomic
 from megatron_spd.plan import BlockSchedule
 from megatron_spd.progress import progress_bar
 from megatron_spd.sensitivity.tiers import droppable_points
@@ -160,9 +160,8 @@ def _save(streamer: BlockStreamer, state: _State, identity: str, path: Path) -> 
         p: (x, [_all_branches(t, streamer) for t in pending]) for p, (x, pending) in state.single.items()
     }
     if streamer.runtime.is_main:
-        temporary = path.with_name(path.name + ".tmp")
-        torch.save((identity, state.block, state.plain, state.algorithm1, single), temporary)
-        os.replace(temporary, path)
+        streams = (identity, state.block, state.plain, state.algorithm1, single)
+        write_atomic(path, lambda temporary: torch.save(streams, temporary))
 
 
 def _resume(streamer: BlockStreamer, identity: str, path: Path | None) -> _State | None:
