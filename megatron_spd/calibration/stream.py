@@ -90,8 +90,8 @@ class BlockStreamer:
             self._shard = shard_block(weights, self.shape.family, self.runtime.tp_rank, self.runtime.tp_size)
             self._block, self._state = block, {}
         if schedule not in self._units:
-            unit = BlockUnit(self.shape, [schedule], self.runtime, self.dtype).eval().requires_grad_(False)
-            self._units[schedule] = unit
+            unit = BlockUnit(self.shape, [schedule], self.runtime, self.dtype, fused_attention=True)
+            self._units[schedule] = unit.eval().requires_grad_(False)
         unit = self._units[schedule]
         if self._loaded.get(schedule) != block:
             # All units of a block refer to the same tensors: one block in memory, whatever the number of schedules.

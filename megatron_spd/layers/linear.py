@@ -33,9 +33,8 @@ class BranchColumnParallelLinear(ColumnParallelLinear):
         if input_.shape[0] == 1:
             return super().forward(input_[0], *args, **kwargs)
         runs = self.weight.view(self.parts, self.local_branches, -1, self.weight.shape[-1])
-        output = torch.cat(
-            [_matmul(self, z, w) for part in runs for z, w in zip(input_, part, strict=True)], -1
-        )
+        products = [_matmul(self, z, w) for part in runs for z, w in zip(input_, part, strict=True)]
+        output = torch.cat(products, dim=-1)
         if self.bias is None:
             return output, None
         return (output, self.bias) if self.skip_bias_add else (output + self.bias, None)

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_spd.errors import UserError
+from megatron_spd.layers.attention import FusedCausalAttention
 from megatron_spd.layers.block import SPDTransformerLayer
 from megatron_spd.layers.linear import BranchColumnParallelLinear, PartialRowParallelLinear
 from megatron_spd.plan import BlockSchedule, SPDPlan
@@ -31,10 +32,17 @@ def get_gpt_layer_spd_spec(config: TransformerConfig, plan: SPDPlan) -> Transfor
     return block_submodules(config, schedules)
 
 
-def block_submodules(config: TransformerConfig, schedules: list[BlockSchedule]) -> TransformerBlockSubmodules:
-    """Specs for a run of blocks, one per schedule (a whole model, or the unit that is being distilled)."""
+def block_submodules(
+    config: TransformerConfig, schedules: list[BlockSchedule], fused_attention: bool = False
+) -> TransformerBlockSubmodules:
+    """Specs for a run of blocks, one per schedule (a whole model, or the unit that is being distilled).
+
+    ``fused_attention``: with :class:`FusedCausalAttention`, for evaluation.
+    """
     _check_config(config)
     stock = _stock_spec(config)
+    if fused_attention:
+        stock = _with_fused_attention(stock)
     return TransformerBlockSubmodules(
         layer_specs=[stock if s.is_stock else _spd_spec(config, stock, s) for s in schedules],
         layer_norm=stock.submodules.input_layernorm,
@@ -61,6 +69,15 @@ def _check_config(config: TransformerConfig) -> None:
 
 def _stock_spec(config: TransformerConfig) -> ModuleSpec:
     return get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+
+
+def _with_fused_attention(stock: ModuleSpec) -> ModuleSpec:
+    attention = stock.submodules.self_attention
+    fused = dataclasses.replace(attention.submodules, core_attention=FusedCausalAttention)
+    attention = dataclasses.replace(attention, submodules=fused)
+    return dataclasses.replace(
+        stock, submodules=dataclasses.replace(stock.submodules, self_attention=attention)
+    )
 
 
 def _spd_spec(config: TransformerConfig, stock: ModuleSpec, schedule: BlockSchedule) -> ModuleSpec:

@@ -105,7 +105,10 @@ def _rotary(shape: ModelShape, device: torch.device) -> RotaryEmbedding:
 
 
 class BlockUnit(nn.Module):
-    """A run of blocks under their schedules on this rank. Weights are loaded with :meth:`load_block`."""
+    """A run of blocks under their schedules on this rank. Weights are loaded with :meth:`load_block`.
+
+    ``fused_attention``: for evaluation only (no dropout). ``overrides``: of Megatron-core's config.
+    """
 
     def __init__(
         self,
@@ -113,13 +116,14 @@ class BlockUnit(nn.Module):
         schedules: Sequence[BlockSchedule],
         runtime: Runtime,
         dtype: torch.dtype,
+        fused_attention: bool = False,
         **overrides: Any,
     ) -> None:
         super().__init__()
         self.shape = shape
         self.runtime = runtime
         config = transformer_config(shape, runtime, dtype, **(overrides | {"num_layers": len(schedules)}))
-        spec = block_submodules(config, list(schedules))
+        spec = block_submodules(config, list(schedules), fused_attention)
         self.blocks = TransformerBlock(config=config, spec=spec, post_layer_norm=False)
         mark_tensor_parallel(self)
         self.to(runtime.device)

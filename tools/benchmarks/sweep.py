@@ -102,7 +102,7 @@ def measure(
 
 
 if __name__ == "__main__":
-    parser = options(__doc__ or "", sequences=2, seq_length=256, repeats=3)
+    parser = options(__doc__ or "", sequences=8, seq_length=256, repeats=3)
     parser.add_argument("--branches", type=int, default=3, help="branches, all in this process")
     parser.add_argument(
         "--candidates", type=int, default=3, help="candidates that the naive side computes in a repeat"

@@ -1,0 +1,80 @@
+"""The benchmarks run, compare equal work, and print ratios. How fast anything is, is not asserted here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import make_llama
+
+BENCHMARKS = Path(__file__).parents[2] / "tools" / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("m") / "m")
+
+
+def start(name: str, model: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    sizes = ["--sequences", "4", "--seq-length", "8", "--threads", "1", "--json"]
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--model", str(model), *sizes, *options]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=env)
+
+
+def measured(name: str, model: Path, *options: str) -> dict[str, Any]:
+    """The JSON object that the benchmark prints last, its ratios checked."""
+    done = start(name, model, "--branches", "2", *options)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    result = json.loads(lines[-1])
+    assert result["ratio"] == result["comparisons"][0]["ratio"]
+    for comparison in result["comparisons"]:
+        assert 0 < comparison["ratio_low"] <= comparison["ratio"] <= comparison["ratio_high"]
+        assert any(
+            comparison["name"] in line and f"ratio {comparison['ratio']:.3f}" in line for line in lines[:-1]
+        )
+    return result
+
+
+def test_sweep(model: Path) -> None:
+    result = measured("sweep", model, "--repeats", "1", "--candidates", "3", "--micro-batch", "3")
+    assert result["target"] == 0.55
+    # Three blocks: from the first, second or third on, or nowhere are attention points dropped.
+    assert (result["candidates"], result["candidates_measured"]) == (4, 3)
+    assert result["perplexities"] == pytest.approx(result["reference_perplexities"], rel=1e-4)
+    assert len(set(result["perplexities"])) == 3
+
+
+def test_distill_step(model: Path) -> None:
+    result = measured("distill_step", model, "--repeats", "2", "--steps", "2", "--micro-batch-size", "2")
+    assert result["target"] == 1.25
+    ours, reference = result["first_losses"]
+    assert ours == pytest.approx(reference, rel=1e-5)
+    assert ours > 0
+
+
+def test_layer(model: Path) -> None:
+    result = measured("layer", model, "--repeats", "2", "--clock", "cpu")
+    assert result["target"] == 1.03
+    assert result["largest_difference"] < 1e-4
+    targets = {c["name"]: c["target"] for c in result["comparisons"]}
+    assert targets == {
+        "G = 1, forward": 1.03,
+        "G = 1, forward + backward": 1.03,
+        "G = 2, forward": None,
+        "G = 2, forward + backward": None,
+    }
+
+
+def test_a_mistake_is_one_line(model: Path) -> None:
+    done = start("layer", model, "--branches", "3")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("layer.py: error: G = 3 branches do not divide")
+    assert "Traceback" not in done.stderr
