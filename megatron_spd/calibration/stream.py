@@ -28,7 +28,7 @@ BlockWeights = Callable[[int], Mapping[str, Tensor]]
 #: small enough for a core's cache (whole logits of SmolLM2 take half as long again to score).
 _SCORE_ROWS, _SCORE_COLUMNS = 512, 1024
 
-#: Tokens at a time without a GPU: more of them leave the cache and are slower by up to a fifth.
+#: Tokens at a time for each thread without a GPU: more of them leave the cache and are slower by up to a fifth.
 _CPU_TOKENS = 512
 
 _STOCK = BlockSchedule(branches=1)
@@ -77,7 +77,8 @@ class BlockStreamer:
             raise UserError(f"token {int(tokens.max())} is outside the model's vocabulary of {len(table)}")
         together = self.micro_batch
         if self.runtime.device.type == "cpu":
-            together = min(together, max(1, _CPU_TOKENS // tokens.shape[1]))
+            most = _CPU_TOKENS * torch.get_num_threads()
+            together = min(together, max(1, most // tokens.shape[1]))
         # Looked up as [s, b]: a transposed result looks contiguous for b = 1, but is multiplied several times slower.
         batches = [b.T for b in tokens.split(together)]
         return [F.embedding(b, table).to(self.runtime.device, self.dtype) for b in batches]
