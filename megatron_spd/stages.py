@@ -208,8 +208,7 @@ def run_distillation(
 def write_export(
     reader: CheckpointReader, runtime: Runtime, plan: SPDPlan, distilled: Path | None, out: Path
 ) -> SPDPlan:
-    """Export the model on the main rank and return the plan as exported: with provenance, and with the
-    recovery that each block really got."""
+    """Export the model on the main rank and return the plan as exported: with the package versions."""
     plan = plan.with_provenance(versions=package_versions())
     if runtime.is_main:
         export(reader, plan, final_weights(reader, plan, distilled), out)

@@ -65,22 +65,23 @@ class DistillSettings:
     def check_amount(self, sequences: int, replicas: int = 1) -> None:
         """Raise UserError unless ``sequences`` are enough to hold some out and to make one optimizer step of the
         rest on each of ``replicas`` data-parallel replicas, or if the DeepSpeed config is not usable."""
-        config = deepspeed_config(self.engine, 1)
+        micro_batch, accumulation = self.batching()
         if sequences < 2:
             raise UserError(
                 f"distillation was given {sequences} sequence(s); it needs at least 2 (one is held out)"
             )
         training = sequences - self.held_out_count(sequences)
-        micro_batch, accumulation = (
-            config["train_micro_batch_size_per_gpu"],
-            config["gradient_accumulation_steps"],
-        )
         each = training * self.epochs // replicas
         if each < micro_batch * accumulation:
             raise UserError(
                 f"{training} training sequences x {self.epochs} epochs give {each} to each replica, less "
                 f"than one step of {micro_batch} x {accumulation}; use more sequences or a smaller batch"
             )
+
+    def batching(self) -> tuple[int, int]:
+        """Micro-batch size and gradient accumulation as DeepSpeed will have them."""
+        config = deepspeed_config(self.engine, 1)
+        return config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
 
     def held_out_count(self, sequences: int) -> int:
         """How many of ``sequences`` judge; the last ones do."""
@@ -165,9 +166,7 @@ class _UnitTrainer:
         schedules = [plan.block_schedule(i) for i in unit]
         self.student = BlockUnit(streamer.shape, schedules, self.runtime, self.dtype)
         self.names = self._load(streamer.weights)
-        config = deepspeed_config(settings.engine, 1)
-        self.micro_batch: int = config["train_micro_batch_size_per_gpu"]
-        self.accumulation: int = config["gradient_accumulation_steps"]
+        self.micro_batch, self.accumulation = settings.batching()
         self.engine: Any = None
 
     def _load(self, weights: BlockWeights) -> list[list[str]]:

@@ -130,10 +130,10 @@ class BlockUnit(nn.Module):
         self._rotary = [_rotary(shape, runtime.device)]  # in a list: not a submodule, has no weights
         self._masks: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """``x`` [s, b, h] -> [s, b, h]; causal, positions from 0."""
         mask, rotary = self._mask_and_rotary(x.shape[0])
-        return self.blocks(x, attention_mask=mask, context=context, rotary_pos_emb=rotary)
+        return self.blocks(x, attention_mask=mask, rotary_pos_emb=rotary)
 
     def layer_forward(self, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """One-block units only: X [s, b, h], P [B, s, b, h] or None -> the same two after the block."""
