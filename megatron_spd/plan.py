@@ -130,7 +130,8 @@ class BlockPlan:
     ``kv_group_order[j]`` is the original key/value group (with its query heads) now in place ``j``; ``neuron_order``
     likewise for MLP neurons; ``None`` means the original order. Branch ``g`` holds the ``g``-th of ``G`` equal
     contiguous parts of either. ``attention_shift`` / ``mlp_shift`` say whether the block has an ``spd_shift`` at the
-    input of that sublayer.
+    input of that sublayer, ``attention_norm`` / ``mlp_norm`` whether that sublayer's norm has a weight and a bias for
+    every branch (``spd_norm_weight``, ``spd_norm_bias``).
     """
 
     tier: str = ""
@@ -139,6 +140,8 @@ class BlockPlan:
     neuron_order: list[int] | None = None
     attention_shift: bool = False
     mlp_shift: bool = False
+    attention_norm: bool = False
+    mlp_norm: bool = False
 
     def validate(self, where: str, base: BaseModel) -> None:
         if self.tier not in TIERS:
@@ -147,7 +150,7 @@ class BlockPlan:
             _fail(f"{where}.recovery", self.recovery, f"one of {list(RECOVERIES)}")
         _check_permutation(self.kv_group_order, f"{where}.kv_group_order", base.num_key_value_heads)
         _check_permutation(self.neuron_order, f"{where}.neuron_order", base.intermediate_size)
-        for name in ("attention_shift", "mlp_shift"):
+        for name in ("attention_shift", "mlp_shift", "attention_norm", "mlp_norm"):
             if not isinstance(getattr(self, name), bool):
                 _fail(f"{where}.{name}", getattr(self, name), "true or false")
 
@@ -158,7 +161,8 @@ class BlockSchedule:
 
     ``pending``: branch sums enter the block unsynced (the MLP point before it is dropped).
     ``drop_attention`` / ``drop_mlp``: the block's own points. ``branches``: G.
-    ``attention_shift`` / ``mlp_shift``: there is a shift at that sublayer's input.
+    ``attention_shift`` / ``mlp_shift``: there is a shift at that sublayer's input. ``attention_norm`` / ``mlp_norm``:
+    that sublayer's norm has a weight and a bias for every branch.
     """
 
     branches: int
@@ -167,13 +171,13 @@ class BlockSchedule:
     drop_mlp: bool = False
     attention_shift: bool = False
     mlp_shift: bool = False
+    attention_norm: bool = False
+    mlp_norm: bool = False
 
     @property
     def is_stock(self) -> bool:
-        """Nothing dropped, pending or shifted: the stock tensor-parallel block computes it."""
-        return not (
-            self.pending or self.drop_attention or self.drop_mlp or self.attention_shift or self.mlp_shift
-        )
+        """Nothing dropped, pending or different for each branch: the stock tensor-parallel block computes it."""
+        return self == BlockSchedule(self.branches)
 
 
 @dataclass(frozen=True)
@@ -242,6 +246,8 @@ class SPDPlan:
             drop_mlp=2 * block + 1 in dropped,
             attention_shift=extra.attention_shift,
             mlp_shift=extra.mlp_shift,
+            attention_norm=extra.attention_norm,
+            mlp_norm=extra.mlp_norm,
         )
 
     def units(self) -> list[range]:

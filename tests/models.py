@@ -157,23 +157,25 @@ def make_export(
     dropped: Sequence[int],
     shifts: Sequence[tuple[int, str]] = (),
     seed: int = 1,
+    norms: Sequence[tuple[int, str]] = (),
 ) -> Path:
-    """Export the plain model in ``base`` with ``dropped`` sync points and random shifts; returns ``out``.
+    """Export the plain model in ``base`` with ``dropped`` sync points, random shifts and branch norms; returns ``out``.
 
-    ``shifts``: pairs (block, "attention" or "mlp"). Heads and neurons keep their order.
+    ``shifts``, ``norms``: pairs (block, "attention" or "mlp"). Heads and neurons keep their order.
     """
     reader = CheckpointReader(base)
     plan = SPDPlan.dense(reader.base_model(), branches).with_drops(dropped)
     for block, sublayer in shifts:
         plan = plan.with_block(block, **{f"{sublayer}_shift": True})
+    for block, sublayer in norms:
+        plan = plan.with_block(block, **{f"{sublayer}_norm": True})
     generator = torch.Generator().manual_seed(seed)
 
     def blocks(i: int) -> dict[str, torch.Tensor]:
         weights = reader.block(i)
-        for sublayer in ("attention", "mlp"):
-            if getattr(plan.blocks[i], f"{sublayer}_shift"):
-                name = getattr(reader.family, f"{sublayer}_shift")
-                weights[name] = 0.5 * torch.randn(branches, reader.hidden_size, generator=generator)
+        for entry in reader.family.planned_branch_tensors(plan.blocks[i]):
+            noise = 0.5 * torch.randn(branches, reader.hidden_size, generator=generator)
+            weights[entry.source] = noise + (entry.initial or 0.0)
         return weights
 
     export(reader, plan, blocks, Path(out))

@@ -98,11 +98,15 @@ def blocks_forward(
         norm = w["input_layernorm.weight" if is_attention else "post_attention_layernorm.weight"]
         bias = w.get("self_attn.o_proj.bias" if is_attention else "mlp.down_proj.bias")
         shift = w.get(f"{prefix}.spd_shift")
+        norm_weight, norm_bias = w.get(f"{prefix}.spd_norm_weight"), w.get(f"{prefix}.spd_norm_bias")
         mask = masks[p] if masks is not None else None
         sublayer = attention_branch if is_attention else mlp_branch
         for g in range(branches):
             z = x + pending[g] if shift is None else x + pending[g] + shift[g]
-            out = sublayer(rms_norm(z, norm, shape.eps), w, shape, g, branches)
+            z = rms_norm(z, norm, shape.eps)
+            if norm_weight is not None and norm_bias is not None:
+                z = z * norm_weight[g] + norm_bias[g]
+            out = sublayer(z, w, shape, g, branches)
             pending[g] = pending[g] + (out if mask is None else out * mask)
         if bias is not None:
             x = x + (bias if mask is None else bias * mask)
@@ -118,8 +122,10 @@ def random_block(
     generator: torch.Generator,
     biases: bool,
     shifts: tuple[bool, bool] = (False, False),
+    norms: tuple[bool, bool] = (False, False),
 ) -> dict[str, Tensor]:
-    """Random float64 weights of one block, scaled so that branch effects are large."""
+    """Random float64 weights of one block, scaled so that branch effects are large. ``shifts``, ``norms``: which of
+    (attention, MLP) has a shift, a norm weight and bias for every branch."""
 
     def draw(*size: int, scale: float) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64) * scale
@@ -144,4 +150,8 @@ def random_block(
     for name, wanted in zip(("self_attn.spd_shift", "mlp.spd_shift"), shifts, strict=True):
         if wanted:
             w[name] = draw(branches, h, scale=0.5)
+    for name, wanted in zip(("self_attn.spd_norm", "mlp.spd_norm"), norms, strict=True):
+        if wanted:
+            w[f"{name}_weight"] = 1 + draw(branches, h, scale=0.3)
+            w[f"{name}_bias"] = draw(branches, h, scale=0.3)
     return w

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_spd.checkpoint.folders import atomic_folder, copy_side_files
 from megatron_spd.checkpoint.hf import CheckpointReader, ShardWriter, all_finite, read_config
-from megatron_spd.errors import CheckpointError
+from megatron_spd.errors import CheckpointError, UserError
 from megatron_spd.plan import SPDPlan
 
 #: The code shipped in an export, beside this file.
@@ -32,9 +32,10 @@ def export(
     """Write the SPD model that ``plan`` makes of ``reader``'s model to the folder ``out``, which appears whole or not.
 
     ``blocks(i)`` gives the final weights of block ``i`` by block-relative name, whole tensors, heads and neurons in the
-    plan's order, with ``spd_shift`` [G, h] where the plan says so; it is called once per block, in order. They are
-    stored in the dtype of the base model, under the family's usual names. ``config.json`` is the base model's with its
-    own ``model_type`` (a loader without our code refuses it), the plan, and ``auto_map`` to the copied code.
+    plan's order, with the branch tensors [G, h] (shift, norm weight and bias) that the plan gives the block; it is
+    called once per block, in order. They are stored in the dtype of the base model, under the family's usual names.
+    ``config.json`` is the base model's with its own ``model_type`` (a loader without our code refuses it), the plan,
+    and ``auto_map`` to the copied code.
 
     Raises PlanError if the plan is of another model; CheckpointError if ``reader`` is itself an export, or a block's
     tensors are not those of the plan or not finite; UserError if ``out`` holds anything but an earlier export of the
@@ -77,13 +78,13 @@ def _config(reader: CheckpointReader, plan: SPDPlan) -> dict[str, Any]:
 
 def _holds_export_of(folder: Path, plan: SPDPlan) -> bool:
     try:
-        return read_config(folder).get("spd_plan") == plan.to_dict()
-    except CheckpointError:
+        return SPDPlan.from_dict(read_config(folder).get("spd_plan")) == plan
+    except UserError:
         return False
 
 
 def _stored_dtype(reader: CheckpointReader, block: int, name: str) -> torch.dtype:
-    """The base model's dtype of the tensor; for a shift, which it lacks, that of its first norm."""
+    """The base model's dtype of the tensor; for a branch tensor, which it lacks, that of its first norm."""
     full = reader.family.block_name(block, name)
     if full not in reader.names():
         full = reader.family.block_name(block, reader.block_names(block)[0])
@@ -92,12 +93,10 @@ def _stored_dtype(reader: CheckpointReader, block: int, name: str) -> torch.dtyp
 
 def _check_block(reader: CheckpointReader, plan: SPDPlan, block: int, weights: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless ``weights`` are the tensors that the model and the plan want in this block."""
-    family, extra = reader.family, plan.blocks[block]
+    family = reader.family
     expected = {name: reader.shape(family.block_name(block, name)) for name in reader.block_names(block)}
-    if extra.attention_shift:
-        expected[family.attention_shift] = (plan.branches, reader.hidden_size)
-    if extra.mlp_shift:
-        expected[family.mlp_shift] = (plan.branches, reader.hidden_size)
+    planned = family.planned_branch_tensors(plan.blocks[block])
+    expected |= {entry.source: (plan.branches, reader.hidden_size) for entry in planned}
     if expected.keys() != weights.keys():
         wrong = sorted(expected.keys() ^ weights.keys())
         raise CheckpointError(f"block {block} to export: tensors {wrong} are missing or not in the plan")

@@ -111,7 +111,7 @@ class CheckpointReader:
         return TORCH_DTYPES[self._entry(name).dtype]
 
     def block_names(self, block: int) -> list[str]:
-        """Block-relative names of the tensors of block ``block`` (0..L-1), shifts included."""
+        """Block-relative names of the tensors of block ``block`` (0..L-1), branch tensors included."""
         return [
             name for name in self._block_table(block) if self.family.block_name(block, name) in self._entries
         ]
@@ -279,11 +279,9 @@ class CheckpointReader:
     def _block_table(self, block: int) -> list[str]:
         """Block-relative names that block ``block`` must have, by the family's table, the config and the plan."""
         names = [entry.name for entry in self.family.hf_tensors if self._wanted(entry)]
-        extra = self.plan.blocks[block] if self.plan is not None else None
-        if extra is not None and extra.attention_shift:
-            names.append(self.family.attention_shift)
-        if extra is not None and extra.mlp_shift:
-            names.append(self.family.mlp_shift)
+        if self.plan is not None:
+            planned = self.family.planned_branch_tensors(self.plan.blocks[block])
+            names += [entry.source for entry in planned]
         return names
 
     def _wanted(self, entry: HFTensor) -> bool:

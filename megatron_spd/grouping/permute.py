@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.models.family import ModelFamily, Unit
+from megatron_spd.models.weights import initial_branch_tensors
 from megatron_spd.plan import BaseModel, SPDPlan
 
 
@@ -36,8 +37,8 @@ def permute_block(
         neuron_order: permutation of the ``intermediate_size`` neurons. None: untouched.
 
     Returns:
-        A new dict. Tensors that the orders do not touch are the given ones, not copies. ``spd_shift`` [G, h]
-        belongs to a branch, not to what the branch holds, and is passed on as it is.
+        A new dict. Tensors that the orders do not touch are the given ones, not copies. A branch tensor [G, h]
+        (shift, norm weight or bias) belongs to a branch, not to what the branch holds, and is passed on as it is.
 
     Raises:
         ValueError: an order is not a permutation, or a tensor does not have the size its table entry implies.
@@ -73,11 +74,11 @@ def permute_block(
 
 
 def planned_weights(reader: CheckpointReader, plan: SPDPlan) -> Callable[[int], Mapping[str, Tensor]]:
-    """Block weights of the base model in the plan's permuted order."""
+    """Block weights of the base model in the plan's permuted order, with the plan's branch norms at their start."""
 
     def weights(block: int) -> Mapping[str, Tensor]:
         extra = plan.blocks[block]
-        return permute_block(
+        permuted = permute_block(
             reader.block(block),
             reader.family,
             plan.base_model,
@@ -85,6 +86,9 @@ def planned_weights(reader: CheckpointReader, plan: SPDPlan) -> Callable[[int], 
             extra.kv_group_order,
             extra.neuron_order,
         )
+        dtype = next(iter(permuted.values())).dtype
+        hidden = plan.base_model.hidden_size
+        return permuted | initial_branch_tensors(extra, reader.family, plan.branches, hidden, dtype)
 
     return weights
 

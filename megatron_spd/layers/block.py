@@ -1,9 +1,10 @@
 """The sync-point rule (method section 9) as a Megatron-core transformer layer.
 
 State between sublayers: the synced residual X [s, b, h] and, while points are dropped, the pending sums of the rank's
-B = G / M branches, P [B, s, b, h]. For a sublayer with output bias b and optional shift c_g:
+B = G / M branches, P [B, s, b, h]. For a sublayer with output bias b, optional shift c_g (else 0) and optional branch
+norm w_g, b_g (else 1 and 0):
 
-    z_g = norm(X + P_g + c_g);   P_g += sublayer_g(z_g);   X += b
+    z_g = norm(X + P_g + c_g) * w_g + b_g;   P_g += sublayer_g(z_g);   X += b
     if the sync point after it is kept:   X += all_reduce(sum_g P_g);   P = 0
 
 P travels from layer to layer as the ``context`` that Megatron-core's TransformerBlock hands on (it is not
@@ -15,7 +16,7 @@ Between layers inside a segment the gradient of ``hidden_states`` is a partial s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,11 @@ from torch import Tensor, nn
 
 from megatron_spd.comm.autograd import enter_segment, leave_segment, share_parameters
 from megatron_spd.plan import BlockSchedule
+
+Sublayer = Literal["attention", "mlp"]
+
+#: The norm in front of each sublayer.
+_NORMS: dict[Sublayer, str] = {"attention": "input_layernorm", "mlp": "pre_mlp_layernorm"}
 
 #: Keyword arguments of the layer that belong to its self attention.
 _ATTENTION_ARGUMENTS = (
@@ -41,22 +47,27 @@ _ATTENTION_ARGUMENTS = (
 
 class SPDTransformerLayer(TransformerLayer):
     """One block under ``schedule``. Its submodules must be those that ``spec.py`` makes: linears that return partial
-    sums. Parameters beside those of the stock layer: ``attention_shift`` and ``mlp_shift``, [B, h], branch-local."""
+    sums. Parameters beside those of the stock layer, where the schedule has them, [B, h] and branch-local (no rank sums
+    their gradients): for ``attention`` and ``mlp`` each ``_shift`` c_g, ``_norm_weight`` w_g and ``_norm_bias`` b_g."""
 
     def __init__(self, *args: Any, schedule: BlockSchedule, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.schedule = schedule
-        branches = schedule.branches // self.tp_group.size()
-        self.attention_shift = self._make_shift(schedule.attention_shift, branches)
-        self.mlp_shift = self._make_shift(schedule.mlp_shift, branches)
+        self.attention_shift = self._branch_vectors(schedule.attention_shift, 0.0)
+        self.attention_norm_weight = self._branch_vectors(schedule.attention_norm, 1.0)
+        self.attention_norm_bias = self._branch_vectors(schedule.attention_norm, 0.0)
+        self.mlp_shift = self._branch_vectors(schedule.mlp_shift, 0.0)
+        self.mlp_norm_weight = self._branch_vectors(schedule.mlp_norm, 1.0)
+        self.mlp_norm_bias = self._branch_vectors(schedule.mlp_norm, 0.0)
 
-    def _make_shift(self, wanted: bool, branches: int) -> nn.Parameter | None:
+    def _branch_vectors(self, wanted: bool, value: float) -> nn.Parameter | None:
+        """A parameter [B, h] filled with ``value``, or None where it is not ``wanted``."""
         if not wanted:
             return None
-        like = self.mlp.linear_fc2.weight
-        shift = nn.Parameter(like.new_zeros(branches, self.config.hidden_size))
-        set_tensor_model_parallel_attributes(shift, True, 0, 1)
-        return shift
+        size = (self.schedule.branches // self.tp_group.size(), self.config.hidden_size)
+        vectors = nn.Parameter(self.mlp.linear_fc2.weight.new_full(size, value))
+        set_tensor_model_parallel_attributes(vectors, True, 0, 1)
+        return vectors
 
     def forward(
         self,
@@ -76,51 +87,40 @@ class SPDTransformerLayer(TransformerLayer):
                 z, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb, **attention_kwargs
             )
 
-        x, pending = self._sublayer(
-            attention,
-            "input_layernorm",
-            self.attention_shift,
-            self.schedule.drop_attention,
-            shared,
-            hidden_states,
-            context,
-        )
-        return self._sublayer(
-            self.mlp, "pre_mlp_layernorm", self.mlp_shift, self.schedule.drop_mlp, shared, x, pending
-        )
+        x, pending = self._sublayer("attention", attention, shared, hidden_states, context)
+        return self._sublayer("mlp", self.mlp, shared, x, pending)
 
     def _shared_parameters(self) -> dict[str, Tensor]:
         """Replicated parameters that every rank uses in another function, by name, ready for such use."""
         named = {
             f"{norm}.{name}": p
-            for norm in ("input_layernorm", "pre_mlp_layernorm")
+            for norm in _NORMS.values()
             for name, p in getattr(self, norm).named_parameters()
         }
         if self.schedule.drop_attention and self.self_attention.linear_proj.bias is not None:
-            named["input_layernorm/output_bias"] = self.self_attention.linear_proj.bias
+            named["attention/output_bias"] = self.self_attention.linear_proj.bias
         if self.schedule.drop_mlp and self.mlp.linear_fc2.bias is not None:
-            named["pre_mlp_layernorm/output_bias"] = self.mlp.linear_fc2.bias
+            named["mlp/output_bias"] = self.mlp.linear_fc2.bias
         return dict(zip(named, share_parameters(list(named.values()), self.tp_group), strict=True))
 
     def _sublayer(
         self,
+        name: Sublayer,
         sublayer: Any,
-        norm: str,
-        shift: Tensor | None,
-        drop: bool,
         shared: dict[str, Tensor],
         x: Tensor,
         pending: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """One step of the rule: X [s, b, h], P [B, s, b, h] or None -> the same two."""
+        shift, drop = getattr(self, f"{name}_shift"), getattr(self.schedule, f"drop_{name}")
         if pending is None:
             x = enter_segment(x, self.tp_group)
         branch_input = x.unsqueeze(0) if pending is None else x + pending
         if shift is not None:
             branch_input = branch_input + shift[:, None, None, :]
-        output, bias = sublayer(self._norm(norm, shared, branch_input))
+        output, bias = sublayer(self._norm(name, shared, branch_input))
         if drop and bias is not None:
-            bias = shared[f"{norm}/output_bias"]
+            bias = shared[f"{name}/output_bias"]
         output, bias = self._dropout(output, bias)
         if drop:
             x = x if bias is None else x + bias
@@ -131,13 +131,24 @@ class SPDTransformerLayer(TransformerLayer):
         x = leave_segment(x, total, self.tp_group)
         return x if bias is None else x + bias, None
 
-    def _norm(self, norm: str, shared: dict[str, Tensor], x: Tensor) -> Tensor:
-        module = getattr(self, norm)
+    def _norm(self, sublayer: Sublayer, shared: dict[str, Tensor], x: Tensor) -> Tensor:
+        """The norm in front of ``sublayer``, branch norm included: [1 or B, s, b, h] -> the same, or [B, s, b, h]."""
+        weight, bias = getattr(self, f"{sublayer}_norm_weight"), getattr(self, f"{sublayer}_norm_bias")
+        module = getattr(self, _NORMS[sublayer])
         own = dict(module.named_parameters())
-        parameters = {name: shared[f"{norm}.{name}"] for name in own}
+        parameters = {name: shared[f"{_NORMS[sublayer]}.{name}"] for name in own}
+        if weight is not None and len(weight) == 1:
+            # One branch on the rank: w_g scales the norm's own parameters, which costs no pass over the activations.
+            parameters = {name: p * weight[0] for name, p in parameters.items()}
         if all(parameters[name] is own[name] for name in own):
-            return module(x)
-        return torch.func.functional_call(module, parameters, (x,))
+            normed = module(x)
+        else:
+            normed = torch.func.functional_call(module, parameters, (x,))
+        if weight is None:
+            return normed
+        if len(weight) == 1:
+            return normed + bias[0]
+        return torch.addcmul(bias[:, None, None, :], normed, weight[:, None, None, :])
 
     def _dropout(self, output: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Hidden dropout: one mask [s, b, h] per sync point, the same on all ranks and branches and for the
@@ -151,15 +162,16 @@ class SPDTransformerLayer(TransformerLayer):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As the stock layer's, with the shifts sharded over their branch axis."""
+        """As the stock layer's, with shifts and branch norms sharded over their branch axis."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        shifts = {name: p for name, p in self.named_parameters(recurse=False) if name.endswith("_shift")}
-        if shifts:
+        # The stock layer has parameters in its submodules only.
+        vectors = dict(self.named_parameters(recurse=False))
+        if vectors:
             sharded.update(
                 make_sharded_tensors_for_checkpoint(
-                    shifts,
+                    vectors,
                     prefix,
-                    dict.fromkeys(shifts, 0),
+                    dict.fromkeys(vectors, 0),
                     sharded_offsets,
                     tp_group=self.tp_group,
                     dp_cp_group=(metadata or {}).get("dp_cp_group"),

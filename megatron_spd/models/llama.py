@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_spd.errors import UserError
-from megatron_spd.models.family import HFTensor, MegatronTensor, ModelFamily
+from megatron_spd.models.family import BranchTensor, HFTensor, MegatronTensor, ModelFamily
 
 
 def _config_kwargs(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +71,13 @@ LLAMA = ModelFamily(
     embedding="model.embed_tokens.weight",
     final_norm="model.norm.weight",
     output_layer="lm_head.weight",
-    attention_shift="self_attn.spd_shift",
-    mlp_shift="mlp.spd_shift",
+    branch_tensors=(
+        BranchTensor("attention_shift", "self_attn.spd_shift", "attention_shift"),
+        BranchTensor("attention_norm_weight", "self_attn.spd_norm_weight", "attention_norm", initial=1.0),
+        BranchTensor("attention_norm_bias", "self_attn.spd_norm_bias", "attention_norm", initial=0.0),
+        BranchTensor("mlp_shift", "mlp.spd_shift", "mlp_shift"),
+        BranchTensor("mlp_norm_weight", "mlp.spd_norm_weight", "mlp_norm", initial=1.0),
+        BranchTensor("mlp_norm_bias", "mlp.spd_norm_bias", "mlp_norm", initial=0.0),
+    ),
     config_kwargs=_config_kwargs,
 )

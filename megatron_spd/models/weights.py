@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_spd.models.family import MegatronTensor, ModelFamily
+from megatron_spd.plan import BlockPlan
 
 Weights = Mapping[str, Tensor]
 
@@ -34,6 +35,18 @@ def unshard_block(shards: list[dict[str, Tensor]], family: ModelFamily) -> dict[
     return full
 
 
+def initial_branch_tensors(
+    block: BlockPlan, family: ModelFamily, branches: int, hidden: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Hugging Face names to [G, h]: the branch tensors of ``block`` that start at a constant which changes nothing
+    (norm weights 1, norm biases 0). Shifts are not among them: their values come from calibration."""
+    return {
+        entry.source: torch.full((branches, hidden), entry.initial, dtype=dtype)
+        for entry in family.planned_branch_tensors(block)
+        if entry.initial is not None
+    }
+
+
 def to_megatron(
     shard: Weights, family: ModelFamily, kv_groups: int, wanted: Iterable[str]
 ) -> dict[str, Tensor]:
@@ -43,11 +56,7 @@ def to_megatron(
     checkpoint does not have is zero. Raises KeyError if a tensor that is not a bias is missing.
     """
     wanted = set(wanted)
-    state = {
-        name: shard[source]
-        for name, source in (("attention_shift", family.attention_shift), ("mlp_shift", family.mlp_shift))
-        if name in wanted
-    }
+    state = {entry.name: shard[entry.source] for entry in family.branch_tensors if entry.name in wanted}
     for entry in family.megatron_tensors:
         if entry.name in wanted:
             parts = [_part(shard, source) for source in entry.sources]
@@ -60,11 +69,7 @@ def from_megatron(
 ) -> dict[str, Tensor]:
     """The inverse of :func:`to_megatron`; ``wanted``: the Hugging Face names that the checkpoint has."""
     wanted = set(wanted)
-    shard = {
-        source: state[name]
-        for name, source in (("attention_shift", family.attention_shift), ("mlp_shift", family.mlp_shift))
-        if name in state
-    }
+    shard = {entry.source: state[entry.name] for entry in family.branch_tensors if entry.name in state}
     for entry in family.megatron_tensors:
         if wanted.intersection(entry.sources):
             parts = _split(state[entry.name], entry, kv_groups, head_dim)

@@ -21,8 +21,8 @@ from tests.reference import Shape, blocks_forward, random_block
 
 @dataclass(frozen=True)
 class Case:
-    """A run of blocks with random weights. ``dropped``: sync points; ``shifts``: sublayer inputs that have a
-    shift, named by the point after the sublayer."""
+    """A run of blocks with random weights. ``dropped``: sync points; ``shifts``, ``norms``: sublayers whose input
+    has a shift, whose norm has a weight and bias for every branch, named by the point after the sublayer."""
 
     branches: int
     layers: int
@@ -34,6 +34,7 @@ class Case:
     gated: bool = True
     biases: bool = False
     shifts: tuple[int, ...] = ()
+    norms: tuple[int, ...] = ()
     dropout: float = 0.0
     recompute: bool = False
     dtype: str = "float32"
@@ -49,7 +50,11 @@ class Case:
         plan = SPDPlan.dense(base, self.branches).with_drops(self.dropped)
         for i in range(self.layers):
             plan = plan.with_block(
-                i, attention_shift=2 * i in self.shifts, mlp_shift=2 * i + 1 in self.shifts
+                i,
+                attention_shift=2 * i in self.shifts,
+                mlp_shift=2 * i + 1 in self.shifts,
+                attention_norm=2 * i in self.norms,
+                mlp_norm=2 * i + 1 in self.norms,
             )
         return plan
 
@@ -62,6 +67,7 @@ class Case:
                 generator,
                 self.biases,
                 (2 * i in self.shifts, 2 * i + 1 in self.shifts),
+                (2 * i in self.norms, 2 * i + 1 in self.norms),
             )
             for i in range(self.layers)
         ]

@@ -10,7 +10,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.distributed.block_cases import Case, megatron_result, reference_result
+from megatron_spd.models.llama import LLAMA
+from megatron_spd.models.weights import initial_branch_tensors
+from megatron_spd.runtime.distributed import initialize
+from tests.distributed.block_cases import Case, build_case, megatron_result, reference_result
 from tests.ranks import run_ranks
 from tests.reference import blocks_forward
 
@@ -53,6 +56,9 @@ VARIANTS = {
     "biases": {"biases": True},
     "shifts": {"shifts": (1, 2, 3)},
     "biases and shifts": {"biases": True, "shifts": (1, 2, 3)},
+    "branch norms": {"norms": (0, 1, 2, 3, 5)},
+    "branch norms, biases and shifts": {"norms": (0, 2, 3), "biases": True, "shifts": (1, 2, 3)},
+    "branch norms and recompute": {"norms": (1, 2), "recompute": True, "shifts": (1,)},
     "grouped queries": {"kv_groups": 6},
     "plain mlp": {"gated": False, "biases": True},
     "recompute": {"recompute": True, "biases": True, "shifts": (2,)},
@@ -75,6 +81,42 @@ def test_every_variant(variant: dict, branches: int, ranks: int) -> None:
     check(dataclasses.replace(Case(branches, 3, (0, 1, 2, 4), heads=12), **variant), ranks)
 
 
+@pytest.mark.parametrize("dropped", SCHEDULES.values(), ids=SCHEDULES.keys())
+@pytest.mark.parametrize(("branches", "ranks"), [(3, 1), (2, 2), (4, 2), (3, 3), (4, 4)])
+def test_branch_norms_under_every_schedule(dropped: tuple[int, ...], branches: int, ranks: int) -> None:
+    check(Case(branches, 3, dropped, norms=(0, 1, 2, 3, 4, 5), shifts=(0, 3)), ranks)
+
+
+def neutral_norms(case: Case, with_them: bool) -> dict[str, Tensor]:
+    """Output and gradients of ``case``, its branch norms as they start, or without any."""
+    runtime = initialize(2)
+    unit = build_case(case if with_them else dataclasses.replace(case, norms=()), runtime)
+    for i, weights in enumerate(case.weights()):
+        extra = case.plan().blocks[i]
+        start = initial_branch_tensors(extra, LLAMA, case.branches, case.hidden, torch.float32)
+        unit.load_block(i, weights | start)
+    x, up = (t.float() for t in case.data())
+    out = unit(x.requires_grad_())
+    out.backward(up)
+    grads = {n: p.grad for n, p in unit.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), "x": x.grad, **grads}
+
+
+@pytest.mark.parametrize("branches", [2, 4])
+def test_branch_norms_start_where_they_change_nothing(branches: int) -> None:
+    case = Case(branches, 3, (0, 1, 2, 4), shifts=(1,), norms=(0, 1, 2, 3, 4, 5))
+    with_them, without = (run_ranks(2, neutral_norms, case, given)[0] for given in (True, False))
+    own = {name for name in with_them if "_norm_" in name}
+    assert len(own) == 12
+    assert set(without) == set(with_them) - own
+    assert torch.equal(with_them["out"], without["out"])
+    for name, wanted in without.items():
+        # Sums over a rank's branches are made in another order.
+        assert relative_error(with_them[name], wanted) < FP32_BOUND, name
+    # They are trained from there.
+    assert all(with_them[name].abs().max() > 0 for name in own)
+
+
 @st.composite
 def cases(draw: st.DrawFn, branches: int) -> Case:
     layers = draw(st.integers(1, 4))
@@ -87,6 +129,7 @@ def cases(draw: st.DrawFn, branches: int) -> Case:
         gated=draw(st.booleans()),
         biases=draw(st.booleans()),
         shifts=tuple(sorted(draw(st.sets(points)))),
+        norms=tuple(sorted(draw(st.sets(points)))),
         dropout=draw(st.sampled_from([0.0, 0.0, 0.2])),
         recompute=draw(st.booleans()),
         # float64, so that the bound does not depend on how the random weights are conditioned (rotary angles
@@ -123,9 +166,12 @@ def _plain_low_precision(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"out": out.detach(), "x": x.grad, **grads}
 
 
+@pytest.mark.parametrize("norms", [(), (0, 1, 2, 3)], ids=["base norms", "branch norms"])
 @pytest.mark.parametrize(("branches", "ranks"), [(2, 2), (3, 3), (4, 4), (3, 1)])
-def test_bf16_error_is_at_most_twice_that_of_a_plain_bf16_run(branches: int, ranks: int) -> None:
-    case = Case(branches, 3, (0, 1, 2, 4), dtype="bfloat16", seed=3)
+def test_bf16_error_is_at_most_twice_that_of_a_plain_bf16_run(
+    branches: int, ranks: int, norms: tuple[int, ...]
+) -> None:
+    case = Case(branches, 3, (0, 1, 2, 4), norms=norms, dtype="bfloat16", seed=3)
     got = run_ranks(ranks, megatron_result, case, ranks)[0]
     wanted, plain = reference_result(case), _plain_low_precision(case, torch.bfloat16)
     for name in wanted:

@@ -67,7 +67,9 @@ def count_collectives(case: Case, ranks: int) -> tuple[list[tuple[str, int]], li
 def test_one_all_reduce_per_kept_point(
     dropped: tuple[int, ...], branches: int, ranks: int, biases: bool
 ) -> None:
-    case = Case(branches, 3, dropped, biases=biases, shifts=tuple(p + 1 for p in dropped))
+    after = tuple(p + 1 for p in dropped)
+    # Shifts and branch norms belong to a rank: they add no collective.
+    case = Case(branches, 3, dropped, biases=biases, shifts=after, norms=after)
     plan = case.plan()
     kept = plan.collectives_per_forward()
     forward, backward = run_ranks(ranks, count_collectives, case, ranks)[0]
@@ -95,5 +97,5 @@ def count_inference(case: Case, ranks: int) -> list[tuple[str, int]]:
 
 
 def test_inference_has_no_other_collectives() -> None:
-    case = Case(3, 3, (0, 1, 4))
+    case = Case(3, 3, (0, 1, 4), norms=(1, 2))
     assert run_ranks(3, count_inference, case, 3)[1] == [("all_reduce", ACTIVATION_BYTES)] * 3

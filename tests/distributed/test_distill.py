@@ -39,6 +39,7 @@ def make_plan(folder: Path) -> SPDPlan:
         plan = plan.with_block(
             block, tier="SB", recovery="b2b", kv_group_order=[1, 0] if block == 2 else None
         )
+    plan = plan.with_block(1, mlp_norm=True).with_block(2, attention_norm=True)
     return plan.with_block(3, tier="ISB", recovery="zs")
 
 

@@ -75,7 +75,8 @@ def test_the_export_has_the_logits_of_the_megatron_run(
 ) -> None:
     base = make_llama(tmp_path / "m", hidden=48, heads=12, kv=6, ffn=48, biases=True, tied=False)
     shifts = [(p // 2 + p % 2, "mlp" if p % 2 == 0 else "attention") for p in dropped]
-    folder = make_export(base, tmp_path / "x", 3, dropped, shifts)
+    norms = [(0, "attention"), *shifts]
+    folder = make_export(base, tmp_path / "x", 3, dropped, shifts, norms=norms)
     ids = token_ids(CheckpointReader(base).config["vocab_size"])
     with torch.no_grad():
         wanted = load_for_generation(folder)(ids).logits

@@ -1,4 +1,4 @@
-"""The layer spec: stock where nothing is dropped, refusals, checkpoint sharding of shifts, KV-cache decoding."""
+"""The layer spec: stock where nothing is dropped, refusals, sharding in Megatron checkpoints, KV-cache decoding."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from megatron_spd.errors import UserError
 from megatron_spd.layers.block import SPDTransformerLayer
 from megatron_spd.layers.spec import get_gpt_layer_spd_spec
 from megatron_spd.models.build import build_gpt_model, transformer_config
+from megatron_spd.models.llama import LLAMA
 from megatron_spd.runtime.distributed import initialize
 from tests.distributed.block_cases import Case, _model_shape, build_case
 from tests.models import make_export, make_llama
@@ -35,6 +36,8 @@ def test_blocks_with_nothing_dropped_or_pending_are_stock() -> None:
     stock, spd = TransformerLayer.__name__, SPDTransformerLayer.__name__
     # Point 2: attention of block 1. Point 5: MLP of block 2, pending in block 3.
     assert run_ranks(1, layer_kinds, CASE) == [[stock, spd, spd, spd]]
+    with_norm = dataclasses.replace(CASE, norms=(1,))
+    assert run_ranks(1, layer_kinds, with_norm) == [[spd, spd, spd, spd]]
 
 
 def refusal(case: Case, ranks: int, changes: dict[str, Any]) -> str:
@@ -66,17 +69,20 @@ def test_what_does_not_fit_is_refused(ranks: int, changes: dict[str, Any], messa
     assert message in run_ranks(1, refusal, CASE, ranks, changes)[0]
 
 
-def shift_sharding() -> tuple[tuple[int, ...], tuple[int, ...]]:
+def branch_sharding() -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Global shape and this rank's offset of every branch tensor of a layer that has all of them."""
     from megatron.core import parallel_state
 
-    unit = build_case(Case(4, 1, (0,), shifts=(1,)), initialize(2))
+    unit = build_case(Case(4, 1, (0,), shifts=(0, 1), norms=(0, 1)), initialize(2))
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    sharded = unit.blocks.layers[0].sharded_state_dict(metadata=metadata)["mlp_shift"]
-    return sharded.global_shape, sharded.global_offset
+    sharded = unit.blocks.layers[0].sharded_state_dict(metadata=metadata)
+    tensors = {entry.name: sharded[entry.name] for entry in LLAMA.branch_tensors}
+    return {name: (t.global_shape, t.global_offset) for name, t in tensors.items()}
 
 
-def test_shifts_are_sharded_over_branches_in_megatron_checkpoints() -> None:
-    assert run_ranks(2, shift_sharding) == [((4, 16), (0, 0)), ((4, 16), (2, 0))]
+def test_branch_tensors_are_sharded_over_branches_in_megatron_checkpoints() -> None:
+    for rank, sharded in enumerate(run_ranks(2, branch_sharding)):
+        assert sharded == {entry.name: ((4, 16), (2 * rank, 0)) for entry in LLAMA.branch_tensors}
 
 
 def decoded(folder: Path, ids: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +118,9 @@ def decoded(folder: Path, ids: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_kv_cache_decoding_equals_full_recompute(tmp_path: Path, ranks: int) -> None:
     base = make_llama(tmp_path / "m", hidden=48, heads=12, kv=6, ffn=48)
-    folder = make_export(base, tmp_path / "x", 3, (0, 1, 2), [(1, "attention")])
+    folder = make_export(
+        base, tmp_path / "x", 3, (0, 1, 2), [(1, "attention")], norms=[(0, "mlp"), (1, "attention")]
+    )
     ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
     at_once, stepwise = run_ranks(ranks, decoded, folder, ids, ranks)[0]
     assert stepwise.shape[1] == 7

@@ -55,6 +55,8 @@ def plans(draw):
         neuron_order=st.none() | st.permutations(range(base.intermediate_size)),
         attention_shift=st.booleans(),
         mlp_shift=st.booleans(),
+        attention_norm=st.booleans(),
+        mlp_norm=st.booleans(),
     )
     n = base.num_layers
     return SPDPlan(
@@ -81,6 +83,14 @@ def test_save_and_load(tmp_path):
     plan.save(tmp_path / "plan.json")
     assert SPDPlan.load(tmp_path / "plan.json") == plan
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_from_before_branch_norms_has_none():
+    plan = plan_with([0]).with_block(1, mlp_shift=True)
+    raw = plan.to_dict()
+    for block in raw["blocks"]:
+        del block["attention_norm"], block["mlp_norm"]
+    assert SPDPlan.from_dict(raw) == plan
 
 
 def test_load_errors_name_the_file(tmp_path):
@@ -113,6 +123,8 @@ WRONG = [
     (("blocks", 2, "recovery"), None, "blocks[2].recovery"),
     (("blocks", 2, "mlp_shift"), 1, "blocks[2].mlp_shift"),
     (("blocks", 2, "attention_shift"), "yes", "blocks[2].attention_shift"),
+    (("blocks", 2, "mlp_norm"), None, "blocks[2].mlp_norm"),
+    (("blocks", 2, "attention_norm"), 1, "blocks[2].attention_norm"),
     (("blocks", 2, "colour"), "red", "blocks[2].colour"),
     (("blocks", 3, "kv_group_order"), [0, 1], "blocks[3].kv_group_order"),
     (("blocks", 3, "kv_group_order"), [0, 1, 1], "blocks[3].kv_group_order"),
@@ -228,7 +240,10 @@ def test_block_schedule():
     assert (third.attention_shift, third.mlp_shift) == (False, True)
     assert [s.is_stock for s in (first, second, third, last)] == [False, False, False, True]
     assert first.branches == 3
-    assert not plan_with().with_block(0, attention_shift=True).block_schedule(0).is_stock
+    for flag in ("attention_shift", "mlp_shift", "attention_norm", "mlp_norm"):
+        schedule = plan_with().with_block(0, **{flag: True}).block_schedule(0)
+        assert getattr(schedule, flag)
+        assert not schedule.is_stock
 
 
 def test_the_last_point_is_synced_at_the_end_of_the_model():

@@ -17,8 +17,9 @@ class SPDLlamaConfig(LlamaConfig):
     """A Llama config plus ``spd_plan``, the plan of the model as megatron_spd wrote it.
 
     What is read of the plan: ``version``; ``branches`` (G); ``sync_points``, 2L times "full" or "none" (point 2i
-    follows the attention of block i, point 2i + 1 its MLP); ``blocks[i].attention_shift`` and ``.mlp_shift``. Without
-    a plan nothing is dropped. Raises ValueError for a plan of another version or one that does not fit the model.
+    follows the attention of block i, point 2i + 1 its MLP); ``blocks[i].attention_shift`` and ``.mlp_shift``,
+    ``.attention_norm`` and ``.mlp_norm`` (false where a plan lacks them). Without a plan nothing is dropped. Raises
+    ValueError for a plan of another version or one that does not fit the model.
     """
 
     model_type = "spd_llama"
@@ -65,7 +66,20 @@ class SPDLlamaConfig(LlamaConfig):
 
     def has_shift(self, layer: int, sublayer: str) -> bool:
         """Whether block ``layer`` has a shift at the input of ``sublayer`` ("attention" or "mlp")."""
-        return self.spd_plan is not None and bool(self.spd_plan["blocks"][layer][f"{sublayer}_shift"])
+        return self._has(layer, f"{sublayer}_shift")
+
+    def has_norm(self, layer: int, sublayer: str) -> bool:
+        """Whether the norm in front of ``sublayer`` of block ``layer`` has a weight and a bias for every branch."""
+        return self._has(layer, f"{sublayer}_norm")
+
+    def _has(self, layer: int, flag: str) -> bool:
+        return self.spd_plan is not None and bool(self.spd_plan["blocks"][layer].get(flag, False))
+
+    def is_plain(self, layer: int) -> bool:
+        """Whether block ``layer`` is the dense Llama's: nothing dropped, pending or different for each branch."""
+        dropped = any(self.is_dropped(point) for point in (2 * layer - 1, 2 * layer, 2 * layer + 1))
+        extras = (f"{s}_{what}" for s in ("attention", "mlp") for what in ("shift", "norm"))
+        return not dropped and not any(self._has(layer, flag) for flag in extras)
 
 
 __all__ = ["SPDLlamaConfig"]

@@ -3,15 +3,17 @@
 This file is shipped inside exported model folders: it needs torch and transformers and nothing else.
 
 The rule. The state between sublayers is X, the synced residual, and P_g, branch g's pending partial sum. For each
-sublayer (attention or MLP) with output bias b and optional shift c_g:
+sublayer (attention or MLP) with output bias b, optional shift c_g (else 0) and optional branch norm w_g, b_g (else 1
+and 0):
 
-    z_g = norm(X + P_g + c_g);   P_g += sublayer_g(z_g);   X += b
+    z_g = norm(X + P_g + c_g) * w_g + b_g;   P_g += sublayer_g(z_g);   X += b
     if the sync point after it is kept:   X += sum over g of P_g;   P_g = 0
 
 Branch g holds the g-th of G equal contiguous parts of the key/value groups (with their query heads) and of the MLP
-neurons. With every point kept this is the dense Llama, and blocks in which nothing is dropped, pending or shifted are
-transformers' own. The others reuse its attention and MLP (RoPE, cache, attention kernels) and change only their
-projections, which take and give tensors whose last axis holds the branches one after the other, [b, s, G * h].
+neurons. With every point kept this is the dense Llama, and blocks in which nothing is dropped, pending or different
+for each branch are transformers' own. The others reuse its attention and MLP (RoPE, cache, attention kernels) and
+change only their projections, which take and give tensors whose last axis holds the branches one after the other,
+[b, s, G * h].
 """
 
 from __future__ import annotations
@@ -70,7 +72,22 @@ class BranchOutputLinear(nn.Linear):
         return torch.einsum("bsgi,ogi->bsgo", x, weight).flatten(-2)
 
 
-class SPDLlamaAttention(LlamaAttention):
+class BranchVectors(nn.Module):
+    """The vectors [G, h] at a sublayer's input, where the plan has them: shift c_g, norm weight w_g, norm bias b_g."""
+
+    spd_shift: nn.Parameter | None
+    spd_norm_weight: nn.Parameter | None
+    spd_norm_bias: nn.Parameter | None
+
+    def add_branch_vectors(self, config: SPDLlamaConfig, layer: int, sublayer: str) -> None:
+        size = (config.branches, config.hidden_size)
+        shift, norm = config.has_shift(layer, sublayer), config.has_norm(layer, sublayer)
+        self.spd_shift = nn.Parameter(torch.zeros(size)) if shift else None
+        self.spd_norm_weight = nn.Parameter(torch.ones(size)) if norm else None
+        self.spd_norm_bias = nn.Parameter(torch.zeros(size)) if norm else None
+
+
+class SPDLlamaAttention(LlamaAttention, BranchVectors):
     """transformers' attention over all heads, with projections by branch."""
 
     o_proj: BranchOutputLinear
@@ -80,11 +97,10 @@ class SPDLlamaAttention(LlamaAttention):
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(self, name, BranchInputLinear(getattr(self, name), config.branches))
         self.o_proj = BranchOutputLinear(self.o_proj, config.branches, config.is_dropped(2 * layer_idx))
-        if config.has_shift(layer_idx, "attention"):
-            self.spd_shift = nn.Parameter(torch.zeros(config.branches, config.hidden_size))
+        self.add_branch_vectors(config, layer_idx, "attention")
 
 
-class SPDLlamaMLP(LlamaMLP):
+class SPDLlamaMLP(LlamaMLP, BranchVectors):
     """transformers' MLP over all neurons, with projections by branch."""
 
     down_proj: BranchOutputLinear
@@ -96,8 +112,7 @@ class SPDLlamaMLP(LlamaMLP):
         self.down_proj = BranchOutputLinear(
             self.down_proj, config.branches, config.is_dropped(2 * layer_idx + 1)
         )
-        if config.has_shift(layer_idx, "mlp"):
-            self.spd_shift = nn.Parameter(torch.zeros(config.branches, config.hidden_size))
+        self.add_branch_vectors(config, layer_idx, "mlp")
 
 
 class SPDLlamaDecoderLayer(LlamaDecoderLayer):
@@ -118,11 +133,11 @@ class SPDLlamaDecoderLayer(LlamaDecoderLayer):
     # transformers passes everything but the hidden states by keyword, and the attention takes what it needs.
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         x, pending = split_state(hidden_states, self.hidden_size)
-        z = branch_input(x, pending, getattr(self.self_attn, "spd_shift", None), self.input_layernorm)
+        z = branch_input(x, pending, self.self_attn, self.input_layernorm)
         out, _ = self.self_attn(hidden_states=z, **kwargs)
         x, pending = add_output(x, pending, out, self.self_attn.o_proj)
 
-        z = branch_input(x, pending, getattr(self.mlp, "spd_shift", None), self.post_attention_layernorm)
+        z = branch_input(x, pending, self.mlp, self.post_attention_layernorm)
         x, pending = add_output(x, pending, self.mlp(z), self.mlp.down_proj)
         return x if pending is None else torch.cat([x, pending], -1)
 
@@ -134,16 +149,20 @@ def split_state(state: Tensor, hidden_size: int) -> tuple[Tensor, Tensor | None]
     return state[..., :hidden_size], state[..., hidden_size:]
 
 
-def branch_input(x: Tensor, pending: Tensor | None, shift: Tensor | None, norm: LlamaRMSNorm) -> Tensor:
-    """norm(X + P_g + c_g): [b, s, h] where all branches see the same, else [b, s, G * h]."""
-    if pending is None and shift is None:
+def branch_input(x: Tensor, pending: Tensor | None, own: BranchVectors, norm: LlamaRMSNorm) -> Tensor:
+    """norm(X + P_g + c_g) * w_g + b_g: [b, s, h] where all branches see the same, else [b, s, G * h]."""
+    shift, weight, bias = own.spd_shift, own.spd_norm_weight, own.spd_norm_bias
+    if pending is None and shift is None and weight is None:
         return norm(x)
     z = x.unsqueeze(-2)
     if pending is not None:
         z = z + pending.unflatten(-1, (-1, x.shape[-1]))
     if shift is not None:
         z = z + shift
-    return norm(z).flatten(-2)
+    z = norm(z)
+    if weight is not None and bias is not None:
+        z = torch.addcmul(bias, z, weight)
+    return z.flatten(-2)
 
 
 def add_output(
@@ -184,8 +203,7 @@ class SPDLlamaForCausalLM(LlamaForCausalLM):
     def __init__(self, config: SPDLlamaConfig) -> None:
         super().__init__(config)
         for i in range(config.num_hidden_layers):
-            dropped = any(config.is_dropped(point) for point in (2 * i - 1, 2 * i, 2 * i + 1))
-            if dropped or config.has_shift(i, "attention") or config.has_shift(i, "mlp"):
+            if not config.is_plain(i):
                 self.model.layers[i] = SPDLlamaDecoderLayer(config, i)
         self.model.register_forward_hook(_sync_recorded_states)
         self.post_init()

@@ -63,7 +63,9 @@ def run_stranger(folder: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_loads_where_this_package_is_not(tmp_path: Path, tied: bool) -> None:
     make_llama(tmp_path / "base", tied=tied, biases=True, rope_scaling=LLAMA3_ROPE)
-    out = make_export(tmp_path / "base", tmp_path / "out", 2, [0, 1, 4], [(1, "attention"), (2, "mlp")])
+    out = make_export(
+        tmp_path / "base", tmp_path / "out", 2, [0, 1, 4], [(1, "attention")], norms=[(0, "mlp"), (2, "mlp")]
+    )
     result = run_stranger(out, tmp_path)
     assert "transformers_modules" in result["class"]
     ours = SPDLlamaForCausalLM.from_pretrained(out)
@@ -115,17 +117,23 @@ def test_what_lies_in_the_folder(tmp_path: Path) -> None:
 def test_weights_are_stored_under_their_names_in_the_base_dtype(tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base", dtype=torch.bfloat16, tied=False)
     reader = CheckpointReader(base)
-    plan = SPDPlan.dense(reader.base_model(), 2).with_drops([2]).with_block(1, mlp_shift=True)
+    plan = SPDPlan.dense(reader.base_model(), 2).with_drops([2])
+    plan = plan.with_block(1, mlp_shift=True, attention_norm=True)
+    own = {
+        "mlp.spd_shift": torch.ones(2, 32),
+        "self_attn.spd_norm_weight": torch.full((2, 32), 2.0),
+        "self_attn.spd_norm_bias": torch.full((2, 32), 3.0),
+    }
 
     def blocks(i: int) -> dict[str, Tensor]:
         """Computed in float32 and negated: what is stored must come from here."""
         weights = {name: -tensor.float() for name, tensor in reader.block(i).items()}
-        return weights | ({"mlp.spd_shift": torch.ones(2, 32)} if i == 1 else {})
+        return weights | (own if i == 1 else {})
 
     export(reader, plan, blocks, tmp_path / "out", max_shard_bytes=20_000)
     stored = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
-    shift = stored.pop("model.layers.1.mlp.spd_shift")
-    assert torch.equal(shift, torch.ones(2, 32, dtype=torch.bfloat16))
+    for name, tensor in own.items():
+        assert torch.equal(stored.pop(f"model.layers.1.{name}"), tensor.bfloat16())
     assert sorted(stored) == sorted(reader.names())
     for name, tensor in stored.items():
         original = reader.get(name)
@@ -179,6 +187,9 @@ def test_export_of_an_export(tmp_path: Path) -> None:
         ({"mlp.spd_shift": torch.ones(2, 32)}, r"\['mlp.spd_shift'\] are missing or not in the plan"),
         ({"self_attn.spd_shift": None}, r"\['self_attn.spd_shift'\] are missing"),
         ({"self_attn.spd_shift": torch.ones(3, 32)}, r"has shape \[3, 32\], expected \[2, 32\]"),
+        ({"self_attn.spd_norm_bias": torch.ones(2, 32)}, r"\['self_attn.spd_norm_bias'\] are missing or not"),
+        ({"mlp.spd_norm_bias": None}, r"\['mlp.spd_norm_bias'\] are missing"),
+        ({"mlp.spd_norm_weight": torch.ones(2, 48)}, r"has shape \[2, 48\], expected \[2, 32\]"),
         ({"mlp.up_proj.weight": torch.ones(24, 32)}, r"has shape \[24, 32\], expected \[48, 32\]"),
         ({"mlp.up_proj.weight": torch.full((48, 32), torch.nan)}, "mlp.up_proj.weight holds NaN"),
     ],
@@ -186,12 +197,13 @@ def test_export_of_an_export(tmp_path: Path) -> None:
 def test_block_that_is_not_what_the_plan_says(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     reader = CheckpointReader(make_llama(tmp_path / "base"))
     plan = SPDPlan.dense(reader.base_model(), 2).with_drops([0])
-    plan = plan.with_block(1, attention_shift=True)
+    plan = plan.with_block(1, attention_shift=True, mlp_norm=True)
+    own = ("self_attn.spd_shift", "mlp.spd_norm_weight", "mlp.spd_norm_bias")
 
     def blocks(i: int) -> dict[str, Tensor]:
         if i != 1:
             return reader.block(i)
-        weights = reader.block(i) | {"self_attn.spd_shift": torch.ones(2, 32)} | change
+        weights = reader.block(i) | {name: torch.ones(2, 32) for name in own} | change
         return {name: tensor for name, tensor in weights.items() if tensor is not None}
 
     with pytest.raises(CheckpointError, match=words):
@@ -207,9 +219,15 @@ def test_output_folder_that_holds_something_else(tmp_path: Path) -> None:
     assert CheckpointReader(out).plan.dropped == [0]
 
 
-def test_the_same_plan_again_replaces_the_export(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before_branch_norms", [False, True])
+def test_the_same_plan_again_replaces_the_export(tmp_path: Path, before_branch_norms: bool) -> None:
     base = make_llama(tmp_path / "base")
     out = make_export(base, tmp_path / "out", 2, [0], [(0, "mlp")], seed=1)
+    if before_branch_norms:
+        config = json.loads((out / "config.json").read_text())
+        for block in config["spd_plan"]["blocks"]:
+            del block["attention_norm"], block["mlp_norm"]
+        (out / "config.json").write_text(json.dumps(config))
     first = CheckpointReader(out).fingerprint()
     make_export(base, out, 2, [0], [(0, "mlp")], seed=2)
     assert CheckpointReader(out).fingerprint() != first

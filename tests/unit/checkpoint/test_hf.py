@@ -87,12 +87,15 @@ def test_base_model(tmp_path: Path) -> None:
 
 def test_an_export_names_its_base_model(tmp_path: Path) -> None:
     base = CheckpointReader(make_llama(tmp_path / "base"))
-    exported = CheckpointReader(make_export(tmp_path / "base", tmp_path / "out", 2, [0, 3], [(1, "mlp")]))
+    out = make_export(tmp_path / "base", tmp_path / "out", 2, [0, 3], [(1, "mlp")], norms=[(2, "attention")])
+    exported = CheckpointReader(out)
     assert exported.base_model() == base.base_model()
     assert exported.plan is not None
     assert exported.plan.dropped == [0, 3]
     assert exported.block(1)["mlp.spd_shift"].shape == (2, 32)
     assert "mlp.spd_shift" not in exported.block(0)
+    own = {name for name in exported.block_names(2) if "spd" in name}
+    assert own == {"self_attn.spd_norm_weight", "self_attn.spd_norm_bias"}
     assert exported.fingerprint() != base.fingerprint()
 
 
@@ -304,10 +307,10 @@ def test_plan_of_another_size_inside_an_export(tmp_path: Path) -> None:
         CheckpointReader(tmp_path / "out")
 
 
-def test_export_that_lacks_its_shift(tmp_path: Path) -> None:
-    folder = make_export(make_llama(tmp_path / "base"), tmp_path / "out", 2, [0], [(1, "attention")])
-    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.spd_shift"))
-    with pytest.raises(
-        CheckpointError, match=r"lacks tensor model\.layers\.1\.self_attn\.spd_shift of shape \[2, 32\]"
-    ):
+@pytest.mark.parametrize("name", ["self_attn.spd_shift", "mlp.spd_norm_weight", "mlp.spd_norm_bias"])
+def test_export_that_lacks_a_branch_tensor(tmp_path: Path, name: str) -> None:
+    base = make_llama(tmp_path / "base")
+    folder = make_export(base, tmp_path / "out", 2, [0], [(1, "attention")], norms=[(1, "mlp")])
+    edit_tensors(folder, lambda tensors: tensors.pop(f"model.layers.1.{name}"))
+    with pytest.raises(CheckpointError, match=rf"lacks tensor model\.layers\.1\.{name} of shape \[2, 32\]"):
         CheckpointReader(folder)

@@ -23,14 +23,22 @@ LAYERS = 3
 
 
 def plan_dict(
-    branches: int, dropped: Sequence[int], shifts: Sequence[tuple[int, str]] = (), layers: int = LAYERS
+    branches: int,
+    dropped: Sequence[int],
+    shifts: Sequence[tuple[int, str]] = (),
+    layers: int = LAYERS,
+    norms: Sequence[tuple[int, str]] = (),
 ) -> dict[str, Any]:
-    """The part of a plan that the modelling file reads."""
+    """The part of a plan that the modelling file reads. ``shifts``, ``norms``: pairs (block, "attention" or "mlp")."""
+    extras = {"shift": shifts, "norm": norms}
     return {
         "version": 1,
         "branches": branches,
         "sync_points": ["none" if p in dropped else "full" for p in range(2 * layers)],
-        "blocks": [{f"{s}_shift": (i, s) in shifts for s in ("attention", "mlp")} for i in range(layers)],
+        "blocks": [
+            {f"{s}_{what}": (i, s) in places for s in ("attention", "mlp") for what, places in extras.items()}
+            for i in range(layers)
+        ],
     }
 
 
@@ -84,7 +92,12 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "heads": heads,
         "kv": kv,
-        "plan": plan_dict(branches, draw(points), draw(st.sets(places, max_size=3))),
+        "plan": plan_dict(
+            branches,
+            draw(points),
+            draw(st.sets(places, max_size=3)),
+            norms=draw(st.sets(places, max_size=3)),
+        ),
         "tied": draw(st.booleans()),
         "biases": draw(st.booleans()),
         "seed": draw(st.integers(0, 100)),
@@ -149,12 +162,22 @@ def test_with_one_branch_any_schedule_is_llama(rope_scaling: dict[str, Any] | No
 
 
 def test_only_touched_blocks_are_replaced() -> None:
-    model = spd_model(llama_config(layers=6), plan_dict(2, [2, 7], [(5, "mlp")], layers=6))
+    plan = plan_dict(2, [2, 7], [(5, "mlp")], layers=7, norms=[(6, "attention")])
+    model = spd_model(llama_config(layers=7), plan)
     replaced = [type(layer) is SPDLlamaDecoderLayer for layer in model.model.layers]
-    assert replaced == [False, True, False, True, True, True]
+    assert replaced == [False, True, False, True, True, True, True]
 
 
-MIXED = plan_dict(2, [0, 1, 3, 4], [(0, "mlp"), (2, "attention")])
+def test_a_plan_from_before_branch_norms_is_read() -> None:
+    plan = plan_dict(2, [0], [(1, "mlp")])
+    older = plan | {"blocks": [{k: v for k, v in b.items() if "norm" not in k} for b in plan["blocks"]]}
+    logits = [spd_model(llama_config(), p)(token_ids()).logits for p in (plan, older)]
+    assert torch.equal(*logits)
+
+
+MIXED = plan_dict(
+    2, [0, 1, 3, 4], [(0, "mlp"), (2, "attention")], norms=[(0, "attention"), (0, "mlp"), (1, "mlp")]
+)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

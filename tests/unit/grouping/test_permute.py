@@ -55,7 +55,7 @@ def test_one_branch_is_unchanged_and_several_are_not(shape, what, biases):
 def test_shapes_dtypes_and_inverse():
     shape = SHAPES["gqa"]
     generator = torch.Generator().manual_seed(0)
-    weights = random_block(shape, 3, generator, biases=True, shifts=(True, True))
+    weights = random_block(shape, 3, generator, biases=True, shifts=(True, True), norms=(True, True))
     kv_order, neuron_order = random_order(3, generator), random_order(30, generator)
     moved = permuted(weights, shape, kv_order, neuron_order)
     assert moved.keys() == weights.keys()
@@ -86,7 +86,8 @@ def test_place_j_holds_original_order_j():
 
 def test_untouched_tensors_are_not_copied():
     shape = SHAPES["gqa"]
-    weights = random_block(shape, 3, torch.Generator().manual_seed(2), biases=True, shifts=(True, True))
+    generator = torch.Generator().manual_seed(2)
+    weights = random_block(shape, 3, generator, biases=True, shifts=(True, True), norms=(True, True))
     assert all(permuted(weights, shape, None, None)[name] is tensor for name, tensor in weights.items())
     moved = permuted(weights, shape, [1, 0, 2], None)
     same = {name for name in weights if moved[name] is weights[name]}
