@@ -34,9 +34,10 @@ setup(
         "matplotlib",
     ],
     extras_require={
+        "eval": ["accelerate", "lm-eval>=0.4.13"],  # tasks of `megatron-spd evaluate`
         "gguf": ["accelerate", "gguf"],  # transformers reads GGUF files with both
         "wandb": ["wandb"],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff"],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "rouge-score", "ruff"],
     },
     entry_points={"console_scripts": ["megatron-spd = megatron_spd.cli:main"]},
 )

@@ -25,9 +25,11 @@ from megatron_spd.config import (
 from megatron_spd.distill.tracking import Tracker
 from megatron_spd.distill.units import UnitStore, check_distilled_for
 from megatron_spd.errors import UserError
-from megatron_spd.evaluate.perplexity import plan_perplexity
+from megatron_spd.evaluate.folders import check_same_vocabulary, measure_folders
+from megatron_spd.evaluate.tasks import load_tasks, task_names
 from megatron_spd.files import write_text_atomic
 from megatron_spd.plan import SPDPlan
+from megatron_spd.report.evaluation import evaluation_text
 from megatron_spd.report.plots import plot_sensitivity
 from megatron_spd.report.tables import dropped_in_words, sensitivity_table, summary_table
 from megatron_spd.runtime.distributed import Runtime, initialize, shutdown
@@ -177,26 +179,21 @@ def _distilled_folder(path: str, plan: SPDPlan) -> Path:
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """See EvaluateOptions."""
+    # Again: a launcher may have started more ranks than --ranks says.
+    options.check_processes()
     reader = CheckpointReader(options.model)
-    base = reader.base_model()
-    made = reader.plan
-    stages.check_ranks(base, options.ranks, None if made is None else made.branches)
+    other = None if options.against is None else CheckpointReader(options.against)
+    if other is not None:
+        check_same_vocabulary(reader, other)
+    for each in filter(None, (reader, other)):
+        branches = None if each.plan is None else each.plan.branches
+        stages.check_ranks(each.base_model(), options.ranks, branches)
+    tasks = None if options.tasks is None else load_tasks(task_names(options.tasks))
     tokens = stages.calibration_tokens(reader, options)
     runtime = initialize()
-    streamer = stages.make_streamer(reader, runtime, dtype=options.dtype, micro_batch=options.batch_size)
-    perplexity, count = plan_perplexity(streamer, made or SPDPlan.dense(base, 1), tokens)
+    result = measure_folders(reader, other, tokens, runtime, tasks, options)
     shutdown()
-    kind = (
-        "plain"
-        if made is None
-        else f"SPD, {len(made.dropped)} of {len(made.sync_points)} sync points dropped"
-    )
-    return {
-        "perplexity": perplexity,
-        "tokens": count,
-        "dropped": [] if made is None else made.dropped,
-        "text": f"{options.model} ({kind}): perplexity {perplexity:.4f} on {count} tokens",
-    }
+    return {**result, "text": evaluation_text(result)}
 
 
 def generate(options: GenerateOptions) -> dict[str, Any]:

@@ -33,6 +33,7 @@ LIMITS: dict[str, tuple[float, float | None]] = {
     "seq_length": (2, None),
     "batch_size": (1, None),
     "max_new_tokens": (1, None),
+    "limit": (1, None),
     "drop_ratio": (0, 1),
     "drop_count": (0, None),
     "max_perplexity_increase": (0, None),
@@ -214,10 +215,38 @@ class ExportOptions(ModelOptions):
 
 @dataclass(kw_only=True)
 class EvaluateOptions(ModelOptions, DataOptions, RankOptions):
-    """Measure the perplexity of a plain or an exported SPD folder."""
+    """Measure a plain or an exported SPD folder: perplexity always, tasks and generation where asked for."""
 
+    against: str | None = _option(
+        "folder to compare with: the plain model, or any of the same vocabulary", None
+    )
+    tasks: str | None = _option(
+        "lm-eval tasks with commas between; paper: the paper's seven; offline: spd_next_word, spd_continuation",
+        None,
+    )
+    limit: int | None = _option("documents of each task, the first so many; default: all", None)
+    generation: bool = _option("compare greedy continuations with those of --against", False)
+    max_new_tokens: int = _option("tokens of a continuation for --generation", 128)
     dtype: DType = _option("type of weights and activations", "fp32")
-    batch_size: int = _option("pieces in one forward pass", 8)
+    batch_size: int = _option("pieces, or a task's requests, in one forward pass", 8)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.generation and self.against is None:
+            raise UserError(
+                "--generation compares with another model; give the plain model with --against DIR"
+            )
+        if self.limit is not None and self.tasks is None:
+            raise UserError("--limit is for tasks; give some with --tasks, or leave it out")
+        self.check_processes()
+
+    def check_processes(self) -> None:
+        """Raise UserError where more than one rank would run what runs on one process."""
+        single = [name for name in ("tasks", "generation") if getattr(self, name)]
+        if single and self.ranks > 1:
+            raise UserError(
+                f"{flag(single[0])} runs on one process, not on {self.ranks} ranks; leave --ranks out"
+            )
 
 
 @dataclass(kw_only=True)

@@ -118,39 +118,49 @@ class BlockStreamer:
         return [x for x, _ in results], [p for _, p in results]
 
     @torch.no_grad()
-    def perplexity(self, stream: Sequence[Tensor], tokens: Tensor) -> tuple[float, int]:
-        """Perplexity of ``tokens`` [n, s] given the stream behind the last block, and the number of tokens scored.
+    def sequence_nll(self, stream: Sequence[Tensor], tokens: Tensor) -> Tensor:
+        """Sum of -log p, in nats, over the s - 1 scored positions of every sequence: float64 [n] on the CPU.
 
-        Every sequence is scored on its own from its second token. Positions are shared out over the ranks.
-        Raises UserError if the result is not finite.
+        ``stream``: what stands behind the last block for ``tokens`` [n, s]. Every sequence is scored on its own from
+        its second token. Positions are shared out over the ranks. Raises UserError if a sum is not finite.
         """
-        totals = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
+        parts = []
         for x, batch in zip(stream, tokens.split([x.shape[1] for x in stream]), strict=True):
             rows = x[:-1].transpose(0, 1).reshape(-1, x.shape[-1])
             targets = batch[:, 1:].reshape(-1).to(rows.device)
             mine = slice(*(len(rows) * (self.runtime.tp_rank + k) // self.runtime.tp_size for k in (0, 1)))
-            totals[0] += self._negative_log_likelihood(rows[mine], targets[mine])
-            totals[1] += len(rows[mine])
-        nll, count = all_reduce(totals, self.runtime.tp_group).tolist()
-        if not math.isfinite(nll):
+            nll = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+            nll[mine] = self._negative_log_likelihood(rows[mine], targets[mine])
+            parts.append(nll.view(len(batch), -1).sum(1))
+        sums = all_reduce(torch.cat(parts), self.runtime.tp_group).cpu()
+        if not bool(sums.isfinite().all()):
             raise UserError(
                 "the perplexity is not finite: the model's activations overflow or hold NaN on this text; "
                 "check the checkpoint, or use --dtype fp32"
             )
+        return sums
+
+    def perplexity(self, stream: Sequence[Tensor], tokens: Tensor) -> tuple[float, int]:
+        """Perplexity of ``tokens`` [n, s] given the stream behind the last block, and the number of tokens scored.
+
+        Raises as :meth:`sequence_nll`.
+        """
+        count = tokens.numel() - len(tokens)
+        mean = float(self.sequence_nll(stream, tokens).sum()) / count
         # A ruined schedule on an extreme model may leave the range of exp; it ranks last all the same.
-        return math.exp(min(nll / count, 700.0)), int(count)
+        return math.exp(min(mean, 700.0)), count
 
     def _negative_log_likelihood(self, rows: Tensor, targets: Tensor) -> Tensor:
-        """Sum over ``rows`` [t, h] of -log p(targets [t]), float64 scalar."""
+        """-log p(targets [t]) given the hidden states ``rows`` [t, h]: float64 [t]."""
         norm, table = self._output_layer()
         rows = F.rms_norm(rows, norm.shape, norm, self.reader.config["rms_norm_eps"])
-        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        parts = []
         for part, wanted in zip(rows.split(_SCORE_ROWS), targets.split(_SCORE_ROWS), strict=True):
             logits = (part @ columns.T for columns in table.split(_SCORE_COLUMNS))
             log_sums = torch.stack([z.float().logsumexp(-1) for z in logits])
             wanted_logits = (part.float() * table[wanted].float()).sum(-1)
-            total += (log_sums.logsumexp(0) - wanted_logits).double().sum()
-        return total
+            parts.append((log_sums.logsumexp(0) - wanted_logits).double())
+        return torch.cat(parts)
 
     def _output_layer(self) -> tuple[Tensor, Tensor]:
         if self._head is None:

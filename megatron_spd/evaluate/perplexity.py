@@ -16,8 +16,21 @@ def plan_perplexity(
 ) -> tuple[float, int]:
     """Perplexity of ``tokens`` [n, s] under ``plan`` with the weights that ``streamer`` walks, and the tokens scored.
 
-    Every sequence stands alone and is scored from its second token.
+    Every sequence stands alone and is scored from its second token. ``what`` names the progress bar.
     """
+    return streamer.perplexity(_final_stream(streamer, plan, tokens, what), tokens)
+
+
+def plan_nll(streamer: BlockStreamer, plan: SPDPlan, tokens: Tensor, what: str = "perplexity") -> Tensor:
+    """Sum of -log p, in nats, over the s - 1 scored positions of every sequence of ``tokens`` [n, s]: float64 [n].
+
+    What :func:`plan_perplexity` averages, sequence by sequence; the same on every rank.
+    """
+    return streamer.sequence_nll(_final_stream(streamer, plan, tokens, what), tokens)
+
+
+def _final_stream(streamer: BlockStreamer, plan: SPDPlan, tokens: Tensor, what: str) -> Sequence[Tensor]:
+    """The stream behind the last block."""
     x: Sequence[Tensor] = streamer.embed(tokens)
     pending: Sequence[Tensor | None] = [None] * len(x)
     with progress_bar(streamer.runtime, what, plan.num_layers, "block") as bar:
@@ -28,4 +41,4 @@ def plan_perplexity(
             else:
                 x, pending = streamer.advance_pending(block, schedule, x, pending)
             bar.update()
-    return streamer.perplexity(x, tokens)
+    return x

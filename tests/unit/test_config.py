@@ -82,7 +82,7 @@ def test_a_file_can_hold_the_required_options(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("drop_rato: 0.5", "unknown key 'drop_rato'; did you mean drop_ratio?"),
-        ("colour: red", "unknown key 'colour'; known are batch_size,"),
+        ("colour: red", "unknown key 'colour'; known are against,"),
         ("branches: three", "invalid int value: 'three'"),
         ("sync_points: all", "invalid choice: 'all'"),
         ("data: [a, b]", "key 'data' is list, expected a single value"),
