@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_spd.errors import UserError
+from megatron_spd.sensitivity.neighbours import Choice, Prices, least_damage, typical
 
 #: Sync point -> rise in perplexity.
 Scores = Mapping[int, float]
-#: (damage, points ascending)
-_Choice = tuple[float, tuple[int, ...]]
 
-#: What two neighbouring dropped points are predicted to cost beyond their own scores, in median scores. A
-#: pair costs about this much more than its parts in SmolLM2-135M; a much larger value (no neighbours at any
-#: price) makes large choices take the few points that ruin a model.
-NEIGHBOUR_COST = 2.0
+#: What neighbouring dropped points are predicted to cost beyond their own scores, in median scores. SmolLM2-135M, 20
+#: to 29 points dropped: better sets than one price for all pairs. Much larger values (no neighbours at any price) make
+#: large choices take the few points that ruin a model.
+NEIGHBOUR_PRICES = Prices(within=0.5, across=3.0)
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def find_thresholds(scores: Scores) -> Thresholds:
     for point, score in scores.items():
         if not math.isfinite(score):
             raise UserError(f"the sensitivity of sync point {point} is {score}; expected a finite number")
-    unit = _typical(scores)
+    unit = typical(scores.values())
     curve = [math.asinh(v / unit) for v in values]
     taus = []
     for i in _staircase_steps(curve, min(3, len(set(curve)))):
@@ -135,8 +134,8 @@ def find_thresholds(scores: Scores) -> Thresholds:
 def choose_points(scores: Scores, count: int, avoid_neighbours: bool) -> list[int]:
     """The ``count`` points to drop, ascending: those with the least predicted damage (exact).
 
-    The prediction is the sum of the scores; with ``avoid_neighbours`` plus :data:`NEIGHBOUR_COST` for every
-    two neighbouring points of the choice. Choices are then free of neighbours for as long as that is cheaper
+    The prediction is the sum of the scores; with ``avoid_neighbours`` plus :data:`NEIGHBOUR_PRICES` for
+    neighbouring points of the choice. Choices are then free of neighbours for as long as that is cheaper
     than to take a point whose own score is worse.
 
     Raises:
@@ -144,7 +143,7 @@ def choose_points(scores: Scores, count: int, avoid_neighbours: bool) -> list[in
     """
     if not 0 <= count <= len(scores):
         raise UserError(f"{count} sync points to drop; the sensitivities cover {len(scores)}")
-    return _choices(scores, avoid_neighbours)[count][1]
+    return list(_choices(scores, avoid_neighbours)[count][1])
 
 
 def points_up_to(scores: Scores, limit: float) -> list[int]:
@@ -170,7 +169,7 @@ def points_within_budget(
     budget = plain_perplexity * max_increase_percent / 100
     choices = _choices({p: max(0.0, score) for p, score in scores.items()}, avoid_neighbours)
     # The damage grows with the count: leaving a point out never costs.
-    return [points for damage, points in choices if damage <= budget][-1]
+    return list([points for damage, points in choices if damage <= budget][-1])
 
 
 def _score(scores: Scores, point: int) -> float:
@@ -180,8 +179,7 @@ def _score(scores: Scores, point: int) -> float:
 
 
 def _staircase_steps(curve: Sequence[float], levels: int) -> list[int]:
-    """Where the least-squares staircase of ``levels`` (1..3) levels over an ascending curve steps: the first
-    index of
+    """Where the least-squares staircase of ``levels`` (1..3) levels over an ascending curve steps: the first index of
     every level but the first."""
     n = len(curve)
     sums, squares = [0.0], [0.0]
@@ -203,38 +201,10 @@ def _staircase_steps(curve: Sequence[float], levels: int) -> list[int]:
     return [first, second]
 
 
-def _choices(scores: Scores, avoid_neighbours: bool) -> list[tuple[float, list[int]]]:
-    """(damage, points) of the best choice of every size 0..len(scores)."""
-    if not avoid_neighbours:
-        cheapest = sorted(scores, key=lambda p: (scores[p], p))
-        damage = [0.0, *itertools.accumulate(scores[p] for p in cheapest)]
-        return [(total, sorted(cheapest[:k])) for k, total in enumerate(damage)]
-
-    # Dynamic programme over the points in order: the best choice of every size, by whether it holds the last point
-    # so far. Only that one can be a neighbour of the next.
-    pair = NEIGHBOUR_COST * _typical(scores)
-    with_last: dict[int, _Choice] = {}
-    without_last: dict[int, _Choice] = {0: (0.0, ())}
-    previous = -2
-    for point in sorted(scores):
-        extra = pair if point == previous + 1 else 0.0
-        options = [(total, chosen, 0.0) for total, chosen in without_last.values()]
-        options += [(total, chosen, extra) for total, chosen in with_last.values()]
-        without_last = _merge(without_last, with_last)
-        with_last = {}
-        for so_far, chosen, more in options:
-            taken = (so_far + scores[point] + more, (*chosen, point))
-            with_last[len(taken[1])] = min(taken, with_last.get(len(taken[1]), taken))
-        previous = point
-    best = _merge(without_last, with_last)
-    return [(best[k][0], list(best[k][1])) for k in range(len(scores) + 1)]
-
-
-def _merge(a: Mapping[int, _Choice], b: Mapping[int, _Choice]) -> dict[int, _Choice]:
-    return {k: min(t[k] for t in (a, b) if k in t) for k in a.keys() | b.keys()}
-
-
-def _typical(scores: Scores) -> float:
-    """The median size of the scores that are not zero; 1 if all are."""
-    sizes = sorted(abs(s) for s in scores.values() if s)
-    return sizes[len(sizes) // 2] if sizes else 1.0
+def _choices(scores: Scores, avoid_neighbours: bool) -> list[Choice]:
+    """The best choice of every size 0..len(scores)."""
+    if avoid_neighbours:
+        return least_damage(scores, NEIGHBOUR_PRICES.times(typical(scores.values())))
+    cheapest = sorted(scores, key=lambda p: (scores[p], p))
+    damage = [0.0, *itertools.accumulate(scores[p] for p in cheapest)]
+    return [(total, tuple(sorted(cheapest[:k]))) for k, total in enumerate(damage)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_spd.errors import UserError
 from megatron_spd.sensitivity.tiers import (
-    NEIGHBOUR_COST,
+    NEIGHBOUR_PRICES,
     PAPER_THRESHOLDS,
     Thresholds,
     block_tiers,
@@ -91,10 +91,11 @@ def test_cheapest_points_in_order_and_ties_by_place():
 
 
 def predicted(scores, points):
-    """The documented prediction, written out: scores plus NEIGHBOUR_COST median scores for each neighbouring pair."""
-    pairs = sum(b - a == 1 for a, b in itertools.pairwise(sorted(points)))
+    """The documented prediction, written out: scores plus the price, in median scores, of each neighbouring pair."""
+    prices = {0: NEIGHBOUR_PRICES.within, 1: NEIGHBOUR_PRICES.across}
+    pairs = sum(prices[a % 2] for a, b in itertools.pairwise(sorted(points)) if b - a == 1)
     median = sorted(abs(s) for s in scores.values())[len(scores) // 2]
-    return sum(scores[p] for p in points) + NEIGHBOUR_COST * median * pairs
+    return sum(scores[p] for p in points) + median * pairs
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -111,9 +112,9 @@ def test_choice_that_avoids_neighbours_is_the_best_of_all(seed):
 
 
 def test_greedy_would_miss_the_best_choice():
-    scores = {0: 2.0, 1: 1.0, 2: 2.0, 3: 50.0}
-    assert choose_points(scores, 2, True) == [0, 2]
-    assert choose_points(scores, 2, False) == [0, 1]
+    scores = {1: 2.0, 2: 1.0, 3: 2.0, 4: 50.0}
+    assert choose_points(scores, 2, True) == [1, 3]
+    assert choose_points(scores, 2, False) == [1, 2]
 
 
 def test_neighbours_are_better_than_ruin():
