@@ -146,4 +146,7 @@ def make_engine(student: nn.Module, config: dict[str, Any]) -> Any:
         mpu=model_parallel_unit(),
         dist_init_required=False,
     )
+    if engine.lr_scheduler is not None:
+        # DeepSpeed's schedulers begin one step before their first, at a rate of zero.
+        engine.lr_scheduler.step()
     return engine

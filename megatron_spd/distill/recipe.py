@@ -1,91 +1,33 @@
-"""Block-to-block distillation (SPD paper, section 4.2) inside DeepSpeed.
+"""Block-to-block distillation (SPD paper, section 4.2) inside DeepSpeed, on the student's own inputs too.
 
-Teacher: the tensor-parallel blocks with every sync point kept. Student: the same blocks under the plan,
-initialised from the teacher's (permuted) weights. Both see the teacher's hidden states; the student learns
-the teacher's output. The unit is a run of blocks joined by dropped MLP points, a single block in the paper's
-case.
+Teacher: the tensor-parallel blocks with every sync point kept. Student: the same blocks under the plan, started
+from given weights. The student learns the teacher's output; its input is the teacher's (the paper), or what the
+student's own earlier blocks make, which lets a block undo the errors of those before it, or half of each (method
+section 7). The unit is a run of blocks joined by dropped MLP points, a single block in the paper's case.
 
-Units are independent and are kept as files: a killed run starts again at its first unfinished unit, whose
-random order of sequences depends on nothing but the seed, and so ends with the same weights.
+Units are trained in order and are kept as files: a killed run starts again at its first unfinished unit. What a
+unit sees depends on the stored weights of earlier units and on the seed alone, and so the run ends with the same
+weights.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import gc
-import hashlib
-import json
-import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_spd.calibration.stream import BlockStreamer, BlockWeights
-from megatron_spd.comm.all_reduce import all_reduce
-from megatron_spd.distill.engine import EngineSettings, deepspeed_config, make_engine
-from megatron_spd.distill.losses import LOSSES
+from megatron_spd.distill.fisher import FISHER_SEQUENCES, output_fisher
+from megatron_spd.distill.losses import LOSSES, make_loss
+from megatron_spd.distill.settings import DistillSettings
 from megatron_spd.distill.tracking import Tracker
-from megatron_spd.distill.units import UnitStore, plan_mark
+from megatron_spd.distill.trainer import UnitData, UnitTrainer
+from megatron_spd.distill.units import UnitStore
 from megatron_spd.errors import UserError
-from megatron_spd.models.build import DTYPES, BlockUnit
-from megatron_spd.models.weights import unshard_block
 from megatron_spd.plan import SPDPlan
-from megatron_spd.progress import progress_bar
-from megatron_spd.runtime.distributed import Runtime, tensor_parallel_seed
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """``engine``: what DeepSpeed gets; ``epochs`` over the training sequences; ``loss``: a name of ``losses.LOSSES``;
-    ``held_out``: share of the sequences that judge (at least one); ``max_seconds``: stop training after that,
-    shared out over units."""
-
-    engine: EngineSettings
-    epochs: int
-    loss: str = "mse"
-    held_out: float = 0.125
-    seed: int = 1234
-    max_seconds: float | None = None
-
-    def identity(self, plan: SPDPlan, tokens: Tensor) -> str:
-        """A hash of everything that decides the resulting weights, behind the plan's own mark (``units.plan_mark``)."""
-        plan_part = {k: v for k, v in plan.to_dict().items() if k != "provenance"}
-        settings = dataclasses.asdict(self)
-        # A time budget decides when training stops, not what is trained; a continued run may have another.
-        settings.pop("max_seconds")
-        settings["config_file"] = deepspeed_config(self.engine, 1)
-        text = json.dumps([plan_part, settings], sort_keys=True).encode()
-        return f"{plan_mark(plan)} {hashlib.sha256(text + tokens.numpy().tobytes()).hexdigest()}"
-
-    def check_amount(self, sequences: int, replicas: int = 1) -> None:
-        """Raise UserError unless ``sequences`` are enough to hold some out and to make one optimizer step of the
-        rest on each of ``replicas`` data-parallel replicas, or if the DeepSpeed config is not usable."""
-        micro_batch, accumulation = self.batching()
-        if sequences < 2:
-            raise UserError(
-                f"distillation was given {sequences} sequence(s); it needs at least 2 (one is held out)"
-            )
-        training = sequences - self.held_out_count(sequences)
-        each = training * self.epochs // replicas
-        if each < micro_batch * accumulation:
-            raise UserError(
-                f"{training} training sequences x {self.epochs} epochs give {each} to each replica, less "
-                f"than one step of {micro_batch} x {accumulation}; use more sequences or a smaller batch"
-            )
-
-    def batching(self) -> tuple[int, int]:
-        """Micro-batch size and gradient accumulation as DeepSpeed will have them."""
-        config = deepspeed_config(self.engine, 1)
-        return config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
-
-    def held_out_count(self, sequences: int) -> int:
-        """How many of ``sequences`` judge; the last ones do."""
-        return max(1, round(sequences * self.held_out))
 
 
 def units_to_train(plan: SPDPlan) -> list[range]:
@@ -100,37 +42,144 @@ def distill(
     settings: DistillSettings,
     store: UnitStore,
     tracker: Tracker,
+    initial: BlockWeights | None = None,
 ) -> list[dict[str, Any]]:
     """Train every unit that asks for it and leave its weights in ``store``; returns one record per unit.
 
-    ``streamer`` walks the base weights in the plan's order; ``tokens`` [n, s]. The records hold ``blocks``,
-    ``loss_before`` and ``loss_after`` on the held-out sequences, ``losses`` of the steps, and ``kept`` (False
-    where training did not help and the initial weights stay).
+    ``streamer`` walks the teacher: the base model's weights. ``initial``: the weights that students start from, in
+    the plan's order (default: the streamer's, which must be in that order then). ``tokens`` [n, s]. The records are
+    those of :meth:`megatron_spd.distill.trainer.UnitTrainer.run`. Memory: the hidden states of ``tokens`` twice
+    (teacher and student) and once more behind a unit, two blocks, and the unit with its optimizer.
+
+    Raises UserError for a loss that is not known, for too little text, and if hidden states are not finite.
     """
     units = units_to_train(plan)
     if settings.loss not in LOSSES:
-        raise UserError(f"loss {settings.loss!r} is not known; choose one of {sorted(LOSSES)}")
+        raise UserError(f"loss {settings.loss!r} is not known; choose one of {list(LOSSES)}")
     if units:
-        settings.check_amount(len(tokens), streamer.runtime.dp_size)
+        settings.check_amount(tokens, streamer.runtime.dp_size)
     # The main rank decides: others may see a shared disk late.
     missing = streamer.runtime.from_main([u for u in units if not store.has(u)])
-    clock = _Clock(settings.max_seconds, len(missing))
-    x = streamer.embed(tokens) if missing else []
-    block = 0
-    for unit in missing:
-        while block < unit.start:
-            x = streamer.advance(block, x)
-            block += 1
-        inputs = x
-        while block < unit.stop:
-            x = streamer.advance(block, x)
-            block += 1
-        trainer = _UnitTrainer(streamer, plan, unit, settings, tracker)
-        record = trainer.run(torch.cat(list(inputs), 1), torch.cat(list(x), 1), clock.share())
-        store.save(unit, trainer.full_weights() if record["kept"] else None, record, streamer.runtime)
-        trainer.close()
+    if missing:
+        finished = [u for u in units if u not in missing]
+        _Walk(streamer, plan, tokens, settings, store, tracker, initial or streamer.weights, finished).train(
+            missing
+        )
     streamer.runtime.barrier()
     return [store.record(u) for u in units]
+
+
+class _Walk:
+    """The way through the blocks with the teacher's stream and the student's."""
+
+    def __init__(
+        self,
+        teacher: BlockStreamer,
+        plan: SPDPlan,
+        tokens: Tensor,
+        settings: DistillSettings,
+        store: UnitStore,
+        tracker: Tracker,
+        initial: BlockWeights,
+        finished: Sequence[range],
+    ) -> None:
+        self.teacher, self.plan, self.tokens, self.settings = teacher, plan, tokens, settings
+        self.store, self.tracker, self.initial, self.runtime = store, tracker, initial, teacher.runtime
+        #: Trained blocks whose weights were kept, with their units.
+        self.kept: dict[int, range] = {}
+        for unit in finished:
+            self._note(unit)
+        self.student = BlockStreamer(
+            teacher.reader, teacher.runtime, teacher.dtype, self._student_weights, teacher.micro_batch
+        )
+        self.x = teacher.embed(tokens)
+        #: The student's own stream; None as long as nothing in front of it is dropped, or if nobody asks for it.
+        self.own: list[Tensor] | None = None
+        self.block = 0
+
+    def _note(self, unit: range) -> None:
+        kept = self.runtime.is_main and self.store.record(unit)["kept"]
+        if self.runtime.from_main(kept):
+            self.kept |= dict.fromkeys(unit, unit)
+
+    def _student_weights(self, block: int) -> Mapping[str, Tensor]:
+        unit = self.kept.get(block)
+        return self.initial(block) if unit is None else self.store.block(unit, block)
+
+    def train(self, units: Sequence[range]) -> None:
+        """Train ``units``, in order."""
+        clock = _Clock(self.settings.max_seconds, len(units))
+        fisher = self._fisher(units)
+        for unit in units:
+            self._go_to(unit.start)
+            teacher, own = self.x, self.own or self.x
+            x: Sequence[Tensor] = teacher
+            for block in unit:
+                x = self.teacher.advance(block, x)
+            data = self._data(teacher, own, x)
+            loss = make_loss(self.settings.loss, fisher.get(unit.stop - 1))
+            trainer = UnitTrainer(
+                self.teacher.shape,
+                self.plan,
+                unit,
+                self.initial,
+                self.runtime,
+                self.settings,
+                loss,
+                self.tracker,
+            )
+            record = trainer.run(data, clock.share())
+            self.store.save(unit, trainer.full_weights() if record["kept"] else None, record, self.runtime)
+            trainer.close()
+            # Its files are read by all ranks.
+            self.runtime.barrier()
+            self._note(unit)
+            if unit != units[-1]:
+                self._pass_student(unit)
+            self.x, self.block = list(x), unit.stop
+
+    def _data(self, teacher: Sequence[Tensor], own: Sequence[Tensor], behind: Sequence[Tensor]) -> UnitData:
+        def joined(stream: Sequence[Tensor], wanted: bool) -> Tensor | None:
+            return torch.cat(list(stream), 1) if wanted else None
+
+        inputs, judges = self.settings.inputs, self.settings.held_out_count(len(self.tokens))
+        # The same stream is not kept twice.
+        mixed = inputs == "mixed" and own is not teacher
+        return UnitData(
+            joined(teacher, mixed or inputs == "teacher"),
+            joined(own, inputs != "teacher"),
+            torch.cat(list(behind), 1),
+            judges,
+        )
+
+    def _go_to(self, stop: int) -> None:
+        """Advance both streams to the front of block ``stop``."""
+        units = {u.start: u for u in self.plan.units()}
+        while self.block < stop:
+            unit = units.get(self.block, range(self.block, self.block + 1))
+            self._pass_student(unit)
+            for block in unit:
+                self.x = self.teacher.advance(block, self.x)
+            self.block = unit.stop
+
+    def _pass_student(self, unit: range) -> None:
+        """Advance the student's stream through ``unit`` (or a single stock block) under the plan's schedules."""
+        schedules = [self.plan.block_schedule(block) for block in unit]
+        if self.settings.inputs == "teacher" or (self.own is None and all(s.is_stock for s in schedules)):
+            return
+        x: list[Tensor] = self.own or self.x
+        pending: list[Tensor | None] = [None] * len(x)
+        for block, schedule in zip(unit, schedules, strict=True):
+            x, pending = self.student.advance_pending(block, schedule, x, pending)
+        self.own = x
+
+    def _fisher(self, units: Sequence[range]) -> dict[int, Tensor]:
+        """Channel weights of the units' outputs, by their last blocks, if the loss wants them."""
+        if self.settings.loss != "fisher":
+            return {}
+        training = len(self.tokens) - self.settings.held_out_count(len(self.tokens))
+        tokens = self.tokens[: min(training, FISHER_SEQUENCES)]
+        return output_fisher(self.teacher, tokens, [u.stop - 1 for u in units], self.settings.seed)
 
 
 class _Clock:
@@ -146,143 +195,3 @@ class _Clock:
         seconds = max(0.0, self._end - time.monotonic()) / max(1, self._left)
         self._left -= 1
         return seconds
-
-
-class _UnitTrainer:
-    """One unit: its student, its DeepSpeed engine, its loop."""
-
-    def __init__(
-        self,
-        streamer: BlockStreamer,
-        plan: SPDPlan,
-        unit: range,
-        settings: DistillSettings,
-        tracker: Tracker,
-    ) -> None:
-        self.runtime: Runtime = streamer.runtime
-        self.unit, self.settings, self.tracker = unit, settings, tracker
-        self.loss = LOSSES[settings.loss]
-        self.dtype = DTYPES[settings.engine.dtype]
-        schedules = [plan.block_schedule(i) for i in unit]
-        self.student = BlockUnit(streamer.shape, schedules, self.runtime, self.dtype)
-        self.names = self._load(streamer.weights)
-        self.micro_batch, self.accumulation = settings.batching()
-        self.engine: Any = None
-
-    def _load(self, weights: BlockWeights) -> list[list[str]]:
-        names = []
-        for index, block in enumerate(self.unit):
-            given = weights(block)
-            self.student.load_block(index, given)
-            names.append(list(given))
-        return names
-
-    def run(self, inputs: Tensor, targets: Tensor, seconds: float | None) -> dict[str, Any]:
-        """Train on ``inputs`` -> ``targets``, both [s, n, h]; ``seconds``: stop then, if given."""
-        n = inputs.shape[1]
-        first_judge = n - self.settings.held_out_count(n)
-        train, judge = slice(0, first_judge), slice(first_judge, n)
-        before = self._held_out_loss(inputs[:, judge], targets[:, judge])
-        if not (bool(torch.isfinite(targets).all()) and math.isfinite(before)):
-            raise UserError(
-                f"the hidden states behind {_name(self.unit)} are not finite on this text: the model's activations "
-                "overflow or hold NaN; check the checkpoint, or use --dtype fp32"
-            )
-        losses = self._train(inputs[:, train], targets[:, train], seconds)
-        after = self._held_out_loss(inputs[:, judge], targets[:, judge])
-        return {
-            "blocks": list(self.unit),
-            "loss_before": before,
-            "loss_after": after,
-            "kept": bool(losses) and after < before,
-            "losses": losses,
-        }
-
-    def _train(self, inputs: Tensor, targets: Tensor, seconds: float | None) -> list[float]:
-        """The loss of every optimizer step, averaged over its micro-batches and the replicas."""
-        batches = self._micro_batches(inputs.shape[1])
-        steps = len(batches) // self.accumulation
-        self.student.train()
-        self.engine = make_engine(self.student, deepspeed_config(self.settings.engine, steps))
-        tensor_parallel_seed(self.settings.seed + self.unit.start)
-        losses: list[float] = []
-        started = time.monotonic()
-        with progress_bar(self.runtime, f"distil {_name(self.unit)}", steps, "step") as bar:
-            for step in range(steps):
-                part = batches[step * self.accumulation : (step + 1) * self.accumulation]
-                losses.append(self._step(inputs, targets, part))
-                self.tracker.unit_loss(self.unit.start, step + 1, losses[-1], self.engine.get_lr()[0])
-                bar.update()
-                bar.set_postfix_str(f"loss {losses[-1]:.4g}")
-                if seconds is not None and self.runtime.from_main(time.monotonic() - started > seconds):
-                    break
-        return losses
-
-    def _step(self, inputs: Tensor, targets: Tensor, batches: list[Tensor]) -> float:
-        total = torch.zeros((), device=self.runtime.device)
-        for batch in batches:
-            x, target = (t[:, batch].to(self.dtype) for t in (inputs, targets))
-            loss = self.loss(self.engine(x), target)
-            self.engine.backward(loss)
-            self.engine.step()
-            total += loss.detach()
-        return float(all_reduce(total, self.runtime.dp_group)) / (len(batches) * self.runtime.dp_size)
-
-    def _micro_batches(self, sequences: int) -> list[Tensor]:
-        """This replica's micro-batches of all epochs, as sequence numbers; the same on all ranks of a replica."""
-        seed = self.settings.seed * 1_000_003 + self.unit.start
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.cat(
-            [torch.randperm(sequences, generator=generator) for _ in range(self.settings.epochs)]
-        )
-        least = len(order) // self.runtime.dp_size
-        share = order[self.runtime.dp_rank :: self.runtime.dp_size][:least]
-        return [b for b in share.split(self.micro_batch) if len(b) == self.micro_batch]
-
-    @torch.no_grad()
-    def _held_out_loss(self, inputs: Tensor, targets: Tensor) -> float:
-        self.student.eval()
-        size = self.micro_batch
-        total = 0.0
-        for x, target in zip(inputs.split(size, 1), targets.split(size, 1), strict=True):
-            x, target = x.to(self.dtype).contiguous(), target.to(self.dtype)
-            total += float(self.loss(self.student(x), target)) * x.shape[1]
-        return total / inputs.shape[1]
-
-    def full_weights(self) -> dict[int, dict[str, Tensor]]:
-        """The student's blocks as full Hugging Face tensors on the main rank (empty elsewhere): a collective
-        of the replica."""
-        return {
-            block: _gather(
-                self.student.hf_shard(index, self.names[index]), self.runtime, self.student.shape.family
-            )
-            for index, block in enumerate(self.unit)
-        }
-
-    def close(self) -> None:
-        """Free the engine's memory before the next unit is built."""
-        if self.engine is not None:
-            self.engine.destroy()
-        self.engine = None
-        self.student = None  # type: ignore[assignment]
-        gc.collect()
-
-
-def _name(unit: range) -> str:
-    return f"block {unit.start}" if len(unit) == 1 else f"blocks {unit.start}..{unit.stop - 1}"
-
-
-def _gather(shard: Mapping[str, Tensor], runtime: Runtime, family: Any) -> dict[str, Tensor]:
-    """Full tensors on the first rank of a replica from the shards of its ranks, one tensor at a time."""
-    full: dict[str, Tensor] = {}
-    for name, tensor in shard.items():
-        tensor = tensor.contiguous()
-        if runtime.tp_size == 1 or family.tensor(name).dim is None:
-            parts = [tensor]
-        else:
-            first = dist.get_global_rank(runtime.tp_group, 0)
-            parts = [torch.empty_like(tensor) for _ in range(runtime.tp_size)] if runtime.tp_rank == 0 else []
-            dist.gather(tensor, parts or None, dst=first, group=runtime.tp_group)
-        if runtime.tp_rank == 0:
-            full |= unshard_block([{name: p.cpu()} for p in parts], family)
-    return full

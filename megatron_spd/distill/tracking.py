@@ -41,7 +41,7 @@ class Tracker:
         if kind not in TRACKERS:
             raise UserError(f"tracking {kind!r}; expected one of {list(TRACKERS)}")
         self._run: Any = None
-        self._units: set[str] = set()
+        self._metrics: set[str] = set()
         if kind == "wandb" and is_main:
             self._run = _start(run_dir, name or run_dir.resolve().name)
 
@@ -58,17 +58,18 @@ class Tracker:
         if self._run is not None:
             self._run.config.update(dict(values), allow_val_change=True)
 
-    def unit_loss(self, unit: str | int, step: int, loss: float, lr: float) -> None:
-        """One optimizer step of one unit (named by its blocks, "7" or "7-9"): a curve per unit over its own steps."""
+    def curve(self, name: str, step: int, **values: float) -> None:
+        """``values`` after optimizer step ``step`` of the training ``name`` ("unit 7", "finish"): curves over its own
+        steps."""
         if self._run is None:
             return
-        prefix = f"unit {unit}"
-        if prefix not in self._units:
-            self._units.add(prefix)
-            self._run.define_metric(f"{prefix}/step", hidden=True)
-            for metric in ("loss", "lr"):
-                self._run.define_metric(f"{prefix}/{metric}", step_metric=f"{prefix}/step")
-        self._run.log({f"{prefix}/step": step, f"{prefix}/loss": loss, f"{prefix}/lr": lr})
+        axis = f"{name}/step"
+        for metric in (f"{name}/{value}" for value in values):
+            if metric not in self._metrics:
+                self._metrics.add(metric)
+                self._run.define_metric(axis, hidden=True)
+                self._run.define_metric(metric, step_metric=axis)
+        self._run.log({axis: step, **{f"{name}/{value}": number for value, number in values.items()}})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table, such as the sensitivity of every sync point."""

@@ -1,10 +1,11 @@
-"""Distilled units on disk: one safetensors file and one JSON record each, written whole or not at all."""
+"""Trained weights on disk, units and finished blocks: safetensors files and JSON records, written whole or not at
+all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from megatron_spd.runtime.distributed import Runtime
 
 
 def plan_mark(plan: SPDPlan) -> str:
-    """A hash of the function that a plan makes of its model: weights distilled for one mark are of no use to another.
-    Provenance, tiers and recoveries do not enter."""
+    """A hash of the function that a plan makes of its model: weights distilled for one mark are of no use to
+    another. Provenance, tiers and recoveries do not enter."""
     facts = {k: v for k, v in plan.to_dict().items() if k != "provenance"}
     facts["blocks"] = [{k: v for k, v in b.items() if k not in ("tier", "recovery")} for b in facts["blocks"]]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -37,6 +38,29 @@ def check_distilled_for(plan: SPDPlan, folder: Path) -> None:
         )
 
 
+def claim_folder(folder: Path, identity: str, runtime: Runtime) -> None:
+    """Make ``folder`` that of the training ``identity``. Raises UserError on every rank if it holds another
+    one's."""
+    problem = runtime.from_main(_claim(folder, identity) if runtime.is_main else None)
+    if problem:
+        raise UserError(problem)
+
+
+def _claim(folder: Path, identity: str) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        return f"{folder} cannot be made, a file is in its place; give another output folder"
+    stamp = folder / "identity"
+    if stamp.exists() and stamp.read_text() != identity:
+        return (
+            f"{folder} holds the units of another distillation (other plan, data or settings); "
+            "give another output folder, or remove it"
+        )
+    write_text_atomic(stamp, identity)
+    return None
+
+
 class UnitStore:
     """The folder of finished units of one distillation. ``identity``: hash of everything that decides its weights.
 
@@ -45,26 +69,7 @@ class UnitStore:
 
     def __init__(self, folder: Path, identity: str, runtime: Runtime) -> None:
         self.folder = folder
-        problem = None
-        if runtime.is_main:
-            problem = self._claim(identity)
-        problem = runtime.from_main(problem)
-        if problem:
-            raise UserError(problem)
-
-    def _claim(self, identity: str) -> str | None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            return f"{self.folder} cannot be made, a file is in its place; give another output folder"
-        stamp = self.folder / "identity"
-        if stamp.exists() and stamp.read_text() != identity:
-            return (
-                f"{self.folder} holds the units of another distillation (other plan, data or settings); "
-                "give another output folder, or remove it"
-            )
-        write_text_atomic(stamp, identity)
-        return None
+        claim_folder(folder, identity, runtime)
 
     def _path(self, unit: range, suffix: str) -> Path:
         return self.folder / f"unit_{unit.start:04d}_{unit.stop - 1:04d}.{suffix}"
@@ -76,6 +81,10 @@ class UnitStore:
     def record(self, unit: range) -> dict[str, Any]:
         """What :func:`megatron_spd.distill.recipe.distill` noted of a finished unit."""
         return json.loads(self._path(unit, "json").read_text(encoding="utf-8"))
+
+    def block(self, unit: range, block: int) -> dict[str, Tensor]:
+        """Block ``block``'s full tensors from a finished unit that was kept."""
+        return _read_block(self._path(unit, "safetensors"), block)
 
     def save(
         self,
@@ -98,13 +107,70 @@ class UnitStore:
         write_text_atomic(self._path(unit, "json"), json.dumps(record))
 
 
+class FinishStore:
+    """The folder of a finishing pass: a file for every block that it trained, and ``record.json``, written last,
+    whose presence means that they are whole. Raises UserError if the folder holds another training."""
+
+    def __init__(self, folder: Path, identity: str, runtime: Runtime) -> None:
+        self.folder = folder
+        claim_folder(folder, identity, runtime)
+
+    @property
+    def unfinished(self) -> Path:
+        """Where checkpoints of a pass that is not over are kept."""
+        return self.folder / "unfinished"
+
+    def record(self) -> dict[str, Any] | None:
+        """What :func:`megatron_spd.distill.finish.finish` noted, if it is over."""
+        path = self.folder / _FINISHED
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def save_block(self, block: int, tensors: Mapping[str, Tensor], runtime: Runtime) -> None:
+        """Keep the full tensors of one block (main rank only)."""
+        if runtime.is_main:
+            flat = {f"{block}:{name}": t.contiguous() for name, t in tensors.items()}
+            write_atomic(_finished_path(self.folder, block), lambda temporary: save_file(flat, temporary))
+
+    def save_record(self, record: dict[str, Any], runtime: Runtime) -> None:
+        """Make what was saved count."""
+        if runtime.is_main:
+            write_text_atomic(self.folder / _FINISHED, json.dumps(record))
+
+
+_FINISHED = "record.json"
+
+
+def _finished_path(folder: Path, block: int) -> Path:
+    return folder / f"block_{block:04d}.safetensors"
+
+
+def trained_block(folders: Iterable[Path], block: int) -> dict[str, Tensor] | None:
+    """Block ``block``'s full tensors from the first of ``folders`` that has trained it, else None.
+
+    ``folders``: of finishing passes and of distillations, the later training first: ``[run / "finish", run /
+    "distill"]``. A folder that does not exist has trained nothing.
+    """
+    for folder in folders:
+        finished = _finished_path(folder, block)
+        if finished.is_file() and (folder / _FINISHED).is_file():
+            return _read_block(finished, block)
+        found = distilled_block(folder, block)
+        if found is not None:
+            return found
+    return None
+
+
 def distilled_block(folder: Path, block: int) -> dict[str, Tensor] | None:
     """Block ``block``'s full tensors if a finished unit under ``folder`` has trained it, else None."""
     for path in sorted(folder.glob("unit_*_*.safetensors")):
         first, last = (int(part) for part in path.stem.split("_")[1:])
         if first <= block <= last and path.with_suffix(".json").is_file():
-            with safe_open(path, "pt") as file:
-                prefix = f"{block}:"
-                names = [n for n in file.keys() if n.startswith(prefix)]  # noqa: SIM118 (not a dict)
-                return {n.removeprefix(prefix): file.get_tensor(n) for n in names}
+            return _read_block(path, block)
     return None
+
+
+def _read_block(path: Path, block: int) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        prefix = f"{block}:"
+        names = [n for n in file.keys() if n.startswith(prefix)]  # noqa: SIM118 (not a dict)
+        return {n.removeprefix(prefix): file.get_tensor(n) for n in names}

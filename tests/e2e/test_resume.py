@@ -23,7 +23,7 @@ from megatron_spd import cli
 from megatron_spd.calibration.stream import BlockStreamer
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.checkpoint.safetensors_io import ShardWriter
-from megatron_spd.distill import recipe, units
+from megatron_spd.distill import loop, units
 from megatron_spd.runtime.distributed import initialize
 from megatron_spd.sensitivity import sweep as sweep_module
 from tests.command_line import ERROR, answer, files
@@ -86,7 +86,7 @@ def on_call(number: int, function: Callable[..., Any], then: Callable[..., Any])
 
 
 def _in_the_middle_of_the_second_unit() -> None:
-    recipe._UnitTrainer._step = on_call(14 + 6, recipe._UnitTrainer._step, kill_self)  # type: ignore[method-assign]
+    loop.TrainingLoop._step = on_call(14 + 6, loop.TrainingLoop._step, kill_self)  # type: ignore[method-assign]
 
 
 def _between_units() -> None:

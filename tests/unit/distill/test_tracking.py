@@ -27,7 +27,8 @@ def recorded(tmp_path_factory):
         tracker.config({"branches": 2, "loss": "mse", "data": {"tokens": 512}})
         for unit in ("0", "1-2"):
             for step in (1, 2, 3):
-                tracker.unit_loss(unit, step, loss=1.0 / step, lr=5e-5 * step)
+                tracker.curve(f"unit {unit}", step, loss=1.0 / step, lr=5e-5 * step)
+            tracker.curve(f"unit {unit}", 3, held_out_loss=0.25)
         tracker.table("sensitivity", ["point", "sensitivity"], [[0, 41.4], [1, 9.0]])
         tracker.summary({"perplexity/plain": 27.2, "perplexity/final": 28.0})
         tracker.plan_artifact(plan_path)
@@ -55,8 +56,12 @@ def test_a_loss_curve_per_unit(recorded):
         assert [row[f"unit {unit}/step"] for row in curve] == [1, 2, 3]
         assert [row[f"unit {unit}/loss"] for row in curve] == pytest.approx([1, 1 / 2, 1 / 3])
         assert [row[f"unit {unit}/lr"] for row in curve] == pytest.approx([5e-5, 1e-4, 1.5e-4])
+        judged = [row for row in rows if f"unit {unit}/held_out_loss" in row]
+        assert [(row[f"unit {unit}/step"], row[f"unit {unit}/held_out_loss"]) for row in judged] == [
+            (3, 0.25)
+        ]
     axes = {r.metric.name: r.metric.step_metric for r in recorded[2] if r.HasField("metric")}
-    assert axes["unit 1-2/loss"] == "unit 1-2/step"
+    assert axes["unit 1-2/loss"] == axes["unit 1-2/held_out_loss"] == "unit 1-2/step"
 
 
 def test_table(recorded):
@@ -87,7 +92,7 @@ def test_without_tracking_nothing_is_written(tmp_path):
     for tracker in (Tracker("none", tmp_path / "run"), Tracker("wandb", tmp_path / "run", is_main=False)):
         with tracker:
             tracker.config({"a": 1})
-            tracker.unit_loss(3, 1, 0.5, 1e-5)
+            tracker.curve("unit 3", 1, loss=0.5, lr=1e-5)
             tracker.table("t", ["a"], [[1]])
             tracker.summary({"a": 1})
             tracker.plan_artifact(tmp_path / "missing.json")
