@@ -10,7 +10,15 @@ from typing import Any
 
 from megatron_spd import stages
 from megatron_spd.checkpoint.hf import CheckpointReader
+from megatron_spd.compensation import (
+    calibrate_into,
+    calibration_pieces,
+    check_calibrated_for,
+    chosen_ingredients,
+    measured_variants,
+)
 from megatron_spd.config import (
+    CurveOptions,
     DistillOptions,
     EvaluateOptions,
     ExportOptions,
@@ -23,12 +31,13 @@ from megatron_spd.config import (
     SensitivityOptions,
 )
 from megatron_spd.distill.tracking import Tracker
-from megatron_spd.distill.units import UnitStore, check_distilled_for
+from megatron_spd.distill.units import check_distilled_for
 from megatron_spd.errors import UserError
 from megatron_spd.evaluate.folders import check_same_vocabulary, measure_folders
 from megatron_spd.evaluate.tasks import load_tasks, task_names
 from megatron_spd.files import write_text_atomic
 from megatron_spd.plan import SPDPlan
+from megatron_spd.planning import SetSearch, choose_plan, make_search
 from megatron_spd.report.evaluation import evaluation_text
 from megatron_spd.report.plots import plot_sensitivity
 from megatron_spd.report.tables import dropped_in_words, sensitivity_table, summary_table
@@ -50,15 +59,23 @@ def sensitivity(options: SensitivityOptions) -> dict[str, Any]:
     reader = _plain_model(options.model)
     base = reader.base_model()
     stages.check_ranks(base, options.ranks, options.branches)
+    if options.grouped and options.plan is not None:
+        raise UserError(
+            "--grouped and --plan exclude each other: grouping finds its own orders; give one of them"
+        )
     plan = None if options.plan is None else stages.load_plan(options.plan, reader)
     tokens = stages.calibration_tokens(reader, options)
     out = _output_file(options.out)
     runtime = initialize()
     streamer = stages.make_streamer(reader, runtime, plan, dtype=options.dtype)
     unfinished = out.with_name(out.name + ".unfinished")
-    order = "" if plan is None else plan.to_json()
-    result = sweep(streamer, tokens, options.branches, options.method, options.sync_points, unfinished, order)
+    variants, order = measured_variants(streamer, options.branches, options, options.grouped)
+    order += "" if plan is None else plan.to_json()
+    result = sweep(
+        streamer, tokens, options.branches, options.method, options.sync_points, unfinished, order, variants
+    )
     result |= {"fingerprint": base.fingerprint, "model": options.model, "data": options.data or "embedded"}
+    result |= {"grouped": options.grouped}
     if runtime.is_main:
         _write_json(out, result)
         plot = out.with_suffix(".png")
@@ -76,53 +93,87 @@ def _any_scores(result: dict[str, Any]) -> dict[int, float]:
 def plan(options: PlanOptions) -> dict[str, Any]:
     """See PlanOptions."""
     reader = _plain_model(options.model)
-    path = Path(options.sensitivity)
-    if not path.is_file():
-        raise UserError(f"no sensitivity file at {path}; make one with `megatron-spd sensitivity`")
+    measured = _read_sensitivity(options.sensitivity)
     out = _output_file(options.out)
+    runtime = initialize()
+    search = None
+    if options.sets_to_measure:
+        stages.check_ranks(reader.base_model(), options.ranks, options.branches)
+        search = _make_search(reader, runtime, options, out.with_name(out.name + ".search.json"))
     try:
-        measured = dict(json.loads(path.read_text(encoding="utf-8")))
-        made, thresholds = stages.choose_plan(
-            reader.base_model(), options.branches, measured, options, options.model
-        )
+        choice = choose_plan(reader.base_model(), options.branches, measured, options, options.model, search)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not a sensitivity file ({error!r}); make one with `megatron-spd sensitivity`"
+            f"{options.sensitivity} is not a sensitivity file ({error!r}); make one with `megatron-spd sensitivity`"
         ) from None
-    made = made.with_provenance(
-        sensitivity={k: measured.get(k) for k in ("data", "tokens", "method", "plain_perplexity")},
-        thresholds=dataclasses.asdict(thresholds),
+    thresholds = dataclasses.asdict(choice.thresholds)
+    made = choice.plan.with_provenance(
+        sensitivity={k: measured.get(k) for k in ("data", "tokens", "method", "plain_perplexity", "grouped")},
+        thresholds=thresholds,
+        search=choice.search,
         versions=stages.package_versions(),
     )
-    made.save(out)
+    if runtime.is_main:
+        made.save(out)
+    shutdown()
     return {
         "out": options.out,
         "dropped": made.dropped,
-        "thresholds": dataclasses.asdict(thresholds),
+        "thresholds": thresholds,
+        "search": choice.search,
         "tiers": {i: b.tier for i, b in enumerate(made.blocks) if b.tier},
         "text": f"{len(made.dropped)} of {len(made.sync_points)} sync points dropped "
         f"({dropped_in_words(made.dropped)}); plan: {options.out}",
     }
 
 
+def _read_sensitivity(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"no sensitivity file at {path}; make one with `megatron-spd sensitivity`")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a sensitivity file ({error!r}); make one with `megatron-spd sensitivity`"
+        ) from None
+
+
+def _make_search(reader: CheckpointReader, runtime: Runtime, options: PlanOptions, state: Path) -> SetSearch:
+    """A search on the first pieces of the text; grouped sets are calibrated on the pieces after them."""
+    tokens = stages.calibration_tokens(reader, options)
+    streamer = stages.make_streamer(reader, runtime)
+    variants, grouping = measured_variants(streamer, options.branches, options, options.grouped)
+    return make_search(streamer, options.branches, variants, tokens, options.sets_to_measure, state, grouping)
+
+
 def group(options: GroupOptions) -> dict[str, Any]:
     """See GroupOptions."""
     reader = _plain_model(options.model)
     given = stages.load_plan(options.plan, reader)
-    tokens = stages.calibration_tokens(reader, options)
     out = _output_file(options.out)
     runtime = initialize()
-    made = stages.group_plan(stages.make_streamer(reader, runtime), given, tokens)
+    streamer = stages.make_streamer(reader, runtime)
+    records: list[dict[str, Any]] = []
+    if options.calibrated is None:
+        made = stages.group_plan(streamer, given, stages.calibration_tokens(reader, options))
+    else:
+        tokens = calibration_pieces(reader, options)
+        made, records = calibrate_into(
+            streamer, given, tokens, chosen_ingredients(options), Path(options.calibrated)
+        )
     if runtime.is_main:
         made.save(out)
     shutdown()
-    grouped = {i: b.kv_group_order for i, b in enumerate(made.blocks) if b.kv_group_order is not None}
+    grouped = [i for i, b in enumerate(made.blocks) if b.kv_group_order or b.neuron_order]
+    where = "" if options.calibrated is None else f"; calibrated blocks: {options.calibrated}"
     return {
         "out": options.out,
         "grouped": grouped,
-        "text": f"{len(grouped)} blocks have grouped heads; plan: {options.out}",
+        "blocks": records,
+        "text": f"{len(grouped)} blocks have grouped heads or neurons; plan: {options.out}{where}",
     }
 
 
@@ -133,26 +184,39 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     runtime = _distillation_runtime(options, given.branches)
     tokens = stages.calibration_tokens(reader, options)
     seconds = None if options.max_minutes is None else options.max_minutes * 60
-    settings = stages.distill_settings(options, seconds)
-    settings.check_amount(len(tokens), runtime.dp_size)
     folder = Path(options.out)
-    store = UnitStore(folder / "distill", settings.identity(given, tokens), runtime)
+    calibrated = _calibrated_folder(options.calibrated, given)
+    mark = "" if calibrated is None else (calibrated / "identity").read_text(encoding="utf-8")
+    stores = stages.training_stores(options, given, tokens, folder, runtime, mark)
     with Tracker(options.tracking, folder, runtime.is_main) as tracker:
         tracker.config(dataclasses.asdict(options))
         tracker.plan_artifact(options.plan)
-        records = stages.run_distillation(reader, runtime, given, tokens, settings, store, tracker)
+        records, finished = stages.run_training(
+            reader,
+            runtime,
+            given,
+            tokens,
+            options,
+            stores,
+            tracker,
+            seconds,
+            stages.final_weights(reader, given, calibrated=calibrated),
+        )
         columns = ["blocks", "loss_before", "loss_after", "kept"]
         tracker.table("units", columns, [[str(r["blocks"]), *(r[c] for c in columns[1:])] for r in records])
     shutdown()
     kept = sum(r["kept"] for r in records)
+    last = "" if finished is None else f", last pass {'kept' if finished['kept'] else 'of no use'}"
     return {
         "out": str(folder),
         "units": records,
-        "text": f"{len(records)} units distilled, {kept} improved on held-out text; weights: {folder / 'distill'}",
+        "finish": finished,
+        "text": f"{len(records)} units distilled, {kept} improved on held-out text{last}; "
+        f"weights: {folder / 'distill'}",
     }
 
 
-def _distillation_runtime(options: DistillOptions | RunOptions, branches: int) -> Runtime:
+def _distillation_runtime(options: DistillOptions | RunOptions | CurveOptions, branches: int) -> Runtime:
     """Process groups with M = ``--tensor-parallel`` (default: all ranks); the other factor is data parallel."""
     size = options.tensor_parallel or options.ranks
     stages.check_ranks(_plain_model(options.model).base_model(), size, branches)
@@ -164,8 +228,10 @@ def export(options: ExportOptions) -> dict[str, Any]:
     reader = _plain_model(options.model)
     given = stages.load_plan(options.plan, reader)
     distilled = None if options.distilled is None else _distilled_folder(options.distilled, given)
+    calibrated = _calibrated_folder(options.calibrated, given)
     runtime = initialize()
-    stages.write_export(reader, runtime, given, distilled, Path(options.out))
+    weights = stages.final_weights(reader, given, distilled, calibrated)
+    stages.write_export(reader, runtime, given, weights, Path(options.out))
     shutdown()
     return {"out": options.out, "text": f"SPD model exported to {options.out}"}
 
@@ -175,6 +241,19 @@ def _distilled_folder(path: str, plan: SPDPlan) -> Path:
     folder = folder / "distill" if (folder / "distill").is_dir() else folder
     check_distilled_for(plan, folder)
     return folder
+
+
+def _calibrated_folder(path: str | None, plan: SPDPlan) -> Path | None:
+    """``--calibrated``, which a plan with shifts cannot do without: their values are nowhere else."""
+    if path is None:
+        shifted = [i for i, b in enumerate(plan.blocks) if b.attention_shift or b.mlp_shift]
+        if shifted:
+            raise UserError(
+                f"the plan has shifts (first: block {shifted[0]}) whose values lie in the folder that `megatron-spd "
+                "group --calibrated` wrote; give it as --calibrated"
+            )
+        return None
+    return check_calibrated_for(plan, Path(path))
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -207,10 +286,15 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
 def report(options: ReportOptions) -> dict[str, Any]:
     """See ReportOptions."""
     from megatron_spd.pipeline import read_results
-    from megatron_spd.report.html import write_report
+    from megatron_spd.report.curve import CURVE_FILE, write_curve_report
+    from megatron_spd.report.run import write_report
 
     folder = Path(options.run)
-    paths = write_report(read_results(folder), folder / "report")
+    curve = folder / CURVE_FILE
+    if curve.is_file():
+        paths = write_curve_report(json.loads(curve.read_text(encoding="utf-8")), folder)
+    else:
+        paths = write_report(read_results(folder), folder / "report")
     return {"paths": {k: str(v) for k, v in paths.items()}, "text": f"report: {paths['html']}"}
 
 
@@ -227,6 +311,19 @@ def run(options: RunOptions) -> dict[str, Any]:
     text = [summary_table(results), "", f"prompt: {samples['prompt']}"]
     text += [f"{kind}: {samples[kind]}" for kind in ("plain", "spd")]
     return {**results, "text": "\n".join(text)}
+
+
+def curve(options: CurveOptions) -> dict[str, Any]:
+    """See CurveOptions."""
+    from megatron_spd.curve import run_curve
+    from megatron_spd.report.curve import curve_text
+
+    reader = _plain_model(options.model)
+    reader.base_model().check_branches(options.branches)
+    runtime = _distillation_runtime(options, options.branches)
+    result = run_curve(reader, runtime, options)
+    shutdown()
+    return {**result, "text": curve_text(result)}
 
 
 def _plain_model(folder: str) -> CheckpointReader:

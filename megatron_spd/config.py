@@ -1,25 +1,22 @@
 """The options of every command, as dataclasses; the same names serve as flags and as keys of a ``--config`` file.
 
-``--drop-ratio``, ``--drop_ratio`` and the YAML or JSON key ``drop_ratio`` (or ``drop-ratio``) are one option. A flag
-overrides the file. Checks that need nothing but the options themselves are made here.
+Checks that need nothing but the options themselves are made here; ``parsing.py`` fills the options in.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, cast
-
-import yaml
+from typing import Any, Literal
 
 from megatron_spd.errors import UserError
 
 SyncPoints = Literal["attention", "mlp", "any"]
+Recovery = Literal["zs", "paper", "grouped", "full"]
+#: What calibration may use, by the names of ``--ingredients``.
+INGREDIENTS = ("heads", "neurons", "shift", "norm", "refit")
+#: What the curve compares, by the names of ``--variants``; the last two are trained.
+VARIANTS = ("zero-shot", "shift", "heads", "neurons", "all", "b2b", "finish")
 DType = Literal["fp32", "bf16"]
 
 #: Least and greatest value of a number, by field name; None: no bound.
@@ -41,6 +38,10 @@ LIMITS: dict[str, tuple[float, float | None]] = {
     "micro_batch_size": (1, None),
     "gradient_accumulation": (1, None),
     "max_minutes": (0, None),
+    "distill_tokens": (1, None),
+    "finish_tokens": (1, None),
+    "search_budget": (0, None),
+    "calibration_sequences": (2, None),
 }
 
 
@@ -91,13 +92,11 @@ class RankOptions(CommonOptions):
 class SelectionOptions(CommonOptions):
     """Which sync points are dropped; at most one of ratio, count and perplexity increase."""
 
-    sync_points: SyncPoints = _option(
-        "the sync points that may be dropped (attention: the paper)", "attention"
-    )
+    sync_points: SyncPoints = _option("the sync points that may be dropped (attention: the paper)", "any")
     drop_ratio: float | None = _option("share of the points that may be dropped which is dropped", None)
     drop_count: int | None = _option("number of points to drop", None)
     max_perplexity_increase: float | None = _option(
-        "drop as many points as cost at most this percentage", None
+        "drop as many points as cost at most this percentage, as measured before any training", None
     )
     tau1: float | None = _option(
         "greatest sensitivity of tier ISB (recovered by nothing); default: found", None
@@ -105,8 +104,15 @@ class SelectionOptions(CommonOptions):
     tau2: float | None = _option(
         "greatest sensitivity of tier SB (distilled); above: ESB; default: found", None
     )
-    recovery: Literal["zs", "paper"] = _option(
-        "zs: drop only; paper: tiers with distillation and head grouping", "paper"
+    recovery: Recovery = _option(
+        "zs: drop only; paper: tiers with distillation and head grouping; grouped: heads and neurons grouped, inputs "
+        "compensated, no training; full: grouped, distilled and finished",
+        "full",
+    )
+    search_budget: int | None = _option(
+        "sets of points that the search may measure; 0: choose by single points alone; default: 24, or 0 for the "
+        "paper's recovery and points",
+        None,
     )
 
     def __post_init__(self) -> None:
@@ -120,6 +126,42 @@ class SelectionOptions(CommonOptions):
         if self.tau1 is not None and self.tau2 is not None and not self.tau1 <= self.tau2:
             raise UserError(f"--tau1 {self.tau1} is above --tau2 {self.tau2}; it must be at most that")
 
+    @property
+    def grouped(self) -> bool:
+        """Whether blocks are calibrated (grouped and compensated)."""
+        return self.recovery in ("grouped", "full")
+
+    @property
+    def sets_to_measure(self) -> int:
+        """The search's budget, with its default."""
+        if self.search_budget is not None:
+            return self.search_budget
+        return 0 if self.recovery == "paper" and self.sync_points == "attention" else 24
+
+
+@dataclass(kw_only=True)
+class GroupingOptions(DataOptions):
+    """Calibration of the blocks in which something is dropped, in closed form."""
+
+    calibration_sequences: int = _option(
+        "pieces of --data to calibrate on, after those that sensitivity is measured on; a quarter of them judges",
+        24,
+    )
+    ingredients: str = _option(
+        "what calibration may use, commas between: heads, neurons, shift, norm, refit; a block keeps what helps it",
+        "heads,neurons,shift,refit",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.ingredient_names:
+            if name not in INGREDIENTS:
+                raise UserError(f"--ingredients has {name!r}; known are {', '.join(INGREDIENTS)}")
+
+    @property
+    def ingredient_names(self) -> list[str]:
+        return _parts(self.ingredients)
+
 
 @dataclass(kw_only=True)
 class TrainingOptions(CommonOptions):
@@ -131,15 +173,37 @@ class TrainingOptions(CommonOptions):
     learning_rate: float = _option("greatest learning rate", 3e-4)
     micro_batch_size: int = _option("pieces in one forward pass of a data-parallel replica", 4)
     gradient_accumulation: int = _option("forward passes for one optimizer step", 1)
-    loss: Literal["mse", "nmse"] = _option(
-        "mse of the block output (the paper), or normalised by its size", "mse"
+    loss: Literal["mse", "nmse", "fisher"] = _option(
+        "mse of the block output (the paper), normalised by its size, or weighed by what later blocks are sensitive to",
+        "mse",
+    )
+    inputs: Literal["teacher", "student", "mixed"] = _option(
+        "hidden states a unit is trained on: the plain model's (the paper), the student's own, or half of each",
+        "mixed",
+    )
+    distill_tokens: int | None = _option(
+        "training tokens that each unit sees at most, instead of --epochs", None
+    )
+    finish: Literal["none", "vectors", "blocks"] = _option(
+        "last pass, on the plain model's logits: all parameters of blocks with drops, or their norms and shifts",
+        "none",
+    )
+    finish_tokens: int | None = _option(
+        "training tokens of the last pass at most; default: the pieces once", None
+    )
+    finish_learning_rate: float = _option("greatest learning rate of the last pass", 1e-4)
+    finish_recompute: bool = _option(
+        "in the last pass compute activations twice instead of keeping them", False
     )
     zero_stage: Literal[0, 1, 2] = _option("ZeRO stage", 0)
     dtype: DType = _option("type of weights and activations in training", "fp32")
     tracking: Literal["wandb", "none"] = _option(
         "Weights & Biases (offline unless configured) or none", "wandb"
     )
-    max_minutes: float | None = _option("cut training short so that the command takes about this long", None)
+    max_minutes: float | None = _option(
+        "cut training short so that the command takes about this long; with --finish, half of it is for units",
+        None,
+    )
     seed: int = _option("seed of every random choice", 1234)
     tensor_parallel: int | None = _option(
         "tensor-parallel ranks of one replica (M); the launched ranks' other factor is data parallel; default: all",
@@ -148,8 +212,9 @@ class TrainingOptions(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.learning_rate > 0:
-            raise UserError(f"--learning-rate is {self.learning_rate}; it must be > 0")
+        for name in ("learning_rate", "finish_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{flag(name)} is {getattr(self, name)}; it must be > 0")
         if self.dtype == "bf16" and self.zero_stage == 0 and self.deepspeed_config is None:
             # DeepSpeed then picks an optimizer whose gradient norm is wrong.
             raise UserError("--dtype bf16 needs --zero-stage 1 or 2")
@@ -164,7 +229,7 @@ class PrepareOptions(CommonOptions):
 
 
 @dataclass(kw_only=True)
-class SensitivityOptions(ModelOptions, DataOptions, RankOptions):
+class SensitivityOptions(ModelOptions, RankOptions, GroupingOptions):
     """Measure what dropping each sync point costs."""
 
     branches: int = _option("branches of the SPD model (G)")
@@ -174,11 +239,12 @@ class SensitivityOptions(ModelOptions, DataOptions, RankOptions):
     )
     sync_points: SyncPoints = _option("the points measured alone", "any")
     plan: str | None = _option("plan whose head grouping is applied while measuring", None)
+    grouped: bool = _option("measure with every dropped point's blocks grouped and compensated", False)
     dtype: DType = _option("type of weights and activations", "fp32")
 
 
 @dataclass(kw_only=True)
-class PlanOptions(ModelOptions, SelectionOptions):
+class PlanOptions(ModelOptions, RankOptions, SelectionOptions, GroupingOptions):
     """Choose the sync points to drop."""
 
     sensitivity: str = _option("JSON file written by the command sensitivity")
@@ -187,11 +253,15 @@ class PlanOptions(ModelOptions, SelectionOptions):
 
 
 @dataclass(kw_only=True)
-class GroupOptions(ModelOptions, DataOptions):
-    """Choose the head grouping of the blocks whose tier asks for it."""
+class GroupOptions(ModelOptions, RankOptions, GroupingOptions):
+    """Group heads and neurons and compensate inputs, or only group the heads of the blocks whose tier asks for it."""
 
     plan: str = _option("plan to start from")
     out: str = _option("plan to write (JSON)")
+    calibrated: str | None = _option(
+        "folder for the calibrated blocks; default: only the paper's head grouping, which the plan alone describes",
+        None,
+    )
 
 
 @dataclass(kw_only=True)
@@ -199,6 +269,9 @@ class DistillOptions(ModelOptions, DataOptions, RankOptions, TrainingOptions):
     """Recover the blocks that a plan marks, one unit at a time; a run that was stopped goes on."""
 
     plan: str = _option("plan to recover")
+    calibrated: str | None = _option(
+        "folder of the command group that the plan came from, if it calibrated", None
+    )
     out: str = _option("run folder")
 
 
@@ -207,6 +280,9 @@ class ExportOptions(ModelOptions):
     """Write the SPD model as a Hugging Face folder."""
 
     plan: str = _option("plan to export")
+    calibrated: str | None = _option(
+        "folder of the command group that the plan came from, if it calibrated", None
+    )
     distilled: str | None = _option(
         "run folder of the command distill; default: the model's own weights", None
     )
@@ -259,13 +335,13 @@ class GenerateOptions(ModelOptions):
 
 @dataclass(kw_only=True)
 class ReportOptions(CommonOptions):
-    """Write the report of a run folder again."""
+    """Write the report of a run folder, or a curve, again."""
 
-    run: str = _option("run folder")
+    run: str = _option("folder of the command run, or of curve")
 
 
 @dataclass(kw_only=True)
-class RunOptions(ModelOptions, DataOptions, RankOptions, SelectionOptions, TrainingOptions):
+class RunOptions(ModelOptions, RankOptions, SelectionOptions, GroupingOptions, TrainingOptions):
     """The whole chain into one run folder; a run that was stopped goes on."""
 
     branches: int = _option("branches of the SPD model (G)")
@@ -275,6 +351,84 @@ class RunOptions(ModelOptions, DataOptions, RankOptions, SelectionOptions, Train
     )
     eval_sequences: int = _option("number of pieces to score on", 8)
     distill_sequences: int = _option("number of pieces of --data to distil on", 64)
+
+
+@dataclass(kw_only=True)
+class CurveOptions(ModelOptions, RankOptions, GroupingOptions, TrainingOptions):
+    """Perplexity and accuracy against the share of dropped sync points; a curve that was stopped goes on."""
+
+    branches: int = _option("branches of the SPD model (G)")
+    out: str = _option("folder for the curve: curve.json, curve.png, a table, and the weights that were trained")
+    sync_points: SyncPoints = _option("the sync points that may be dropped (attention: the paper)", "any")
+    ratios: str = _option(
+        "shares of the points that may be dropped which are dropped, with commas between",
+        "0.25,0.5,0.7,0.8,0.9,1.0",
+    )
+    variants: str = _option(
+        "lines of the curve, with commas between: zero-shot, shift, heads (as published), neurons, all (of "
+        "--ingredients), b2b (all, then distilled), finish (b2b, then the last pass)",
+        ",".join(VARIANTS),
+    )
+    search_budget: int | None = _option(
+        "sets of points that the search may measure at each ratio; 0: choose by single points alone; default: 24",
+        None,
+    )
+    eval_data: str | None = _option(
+        "text to score on; default: pieces of --data that are not used otherwise", None
+    )
+    eval_sequences: int = _option("number of pieces to score on", 8)
+    distill_sequences: int = _option("number of pieces of --data to distil on", 64)
+    tasks: str | None = _option("lm-eval tasks whose accuracy is drawn, as in the command evaluate", None)
+    limit: int | None = _option("documents of each task, the first so many; default: all", None)
+    task_variants: str = _option("variants whose accuracy is measured", "zero-shot,all,finish")
+    orders: bool = _option("also compare the points' order of sensitivity before and after grouping", False)
+    finish: Literal["none", "vectors", "blocks"] = _option(
+        "what the variant finish trains on the plain model's logits: all parameters of blocks with drops, or their "
+        "norms and shifts",
+        "blocks",
+    )
+    tracking: Literal["wandb", "none"] = _option("Weights & Biases (offline unless configured) or none", "none")
+    max_minutes: float | None = _option(
+        "cut training short so that it takes about this long at each ratio; half of it is for the variant finish",
+        None,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("variants", "task_variants"):
+            for variant in _parts(getattr(self, name)):
+                if variant not in VARIANTS:
+                    raise UserError(f"{flag(name)} has {variant!r}; known are {', '.join(VARIANTS)}")
+        if not self.ratio_values or not self.variant_names:
+            raise UserError("--ratios and --variants need at least one value each")
+        if self.finish == "none" and "finish" in self.variant_names:
+            raise UserError(
+                "--finish none makes no last pass; leave finish out of --variants, or give what it trains"
+            )
+        if self.limit is not None and self.tasks is None:
+            raise UserError("--limit is for tasks; give some with --tasks, or leave it out")
+
+    @property
+    def ratio_values(self) -> list[float]:
+        """The ratios, ascending, each once. Raises UserError for what is not a share."""
+        try:
+            values = {float(part) for part in _parts(self.ratios)}
+        except ValueError:
+            raise UserError(f"--ratios is {self.ratios!r}; expected numbers with commas between") from None
+        for value in values:
+            if not 0 < value <= 1:
+                raise UserError(f"--ratios has {value:g}; each must be above 0 and at most 1")
+        return sorted(values)
+
+    @property
+    def variant_names(self) -> list[str]:
+        """The variants in the order of :data:`VARIANTS`."""
+        return [name for name in VARIANTS if name in _parts(self.variants)]
+
+    @property
+    def task_variant_names(self) -> list[str]:
+        """The variants whose accuracy is measured; none without ``--tasks``."""
+        return [] if self.tasks is None else [n for n in self.variant_names if n in _parts(self.task_variants)]
 
 
 COMMANDS: dict[str, type[CommonOptions]] = {
@@ -288,99 +442,15 @@ COMMANDS: dict[str, type[CommonOptions]] = {
     "generate": GenerateOptions,
     "report": ReportOptions,
     "run": RunOptions,
+    "curve": CurveOptions,
 }
+
+
+def _parts(text: str) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def flag(name: str) -> str:
     """The flag of the field ``name``."""
     return "--" + name.replace("_", "-")
-
-
-_Options = TypeVar("_Options", bound=CommonOptions)
-
-
-def parse_options(kind: type[_Options], argv: Sequence[str], prog: str) -> _Options:
-    """The options of class ``kind`` from flags and, below them, from the file named by ``--config``.
-
-    Raises UserError naming the flag or key that is unknown, missing, of a wrong kind or out of bounds.
-    """
-    # Here, not above: half a second that `--version` and a wrong command name need not wait for.
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(f"{message}; see `{prog} --help`")
-
-    parser = Parser(
-        cast(Any, kind),
-        prog=prog,
-        description=(kind.__doc__ or "").splitlines()[0],
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    file = _config_file(argv)
-    defaults = [] if file is None else _file_flags(kind, file)
-    options, unknown = parser.parse_args_into_dataclasses(
-        [*defaults, *argv], return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        name = unknown[0].split("=")[0].removeprefix("--").replace("-", "_")
-        raise UserError(f"unknown option {unknown[0]!r}; {_did_you_mean(name, _names(kind), flag)}")
-    return cast(_Options, options)
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def _names(kind: type[CommonOptions]) -> list[str]:
-    return sorted({f.name for f in dataclasses.fields(kind)} - {"local_rank"})
-
-
-def _did_you_mean(name: str, known: Sequence[str], spelling: Callable[[str], str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {spelling(near[0])}?" if near else f"known are {', '.join(map(spelling, known))}"
-
-
-def _config_file(argv: Sequence[str]) -> Path | None:
-    """The last ``--config`` in ``argv``; the parser itself complains about one without a value."""
-    file = None
-    for here, following in zip(argv, [*argv[1:], None], strict=True):
-        if here == "--config" and following is not None:
-            file = Path(following)
-        elif here.startswith("--config="):
-            file = Path(here.removeprefix("--config="))
-    return file
-
-
-def _file_flags(kind: type[CommonOptions], path: Path) -> list[str]:
-    """The content of a config file as flags, so that one parser checks both."""
-    names = [name for name in _names(kind) if name != "config"]
-    flags = []
-    for key, value in _read_config(path).items():
-        name = str(key).replace("-", "_")
-        if name not in names:
-            raise UserError(f"{path}: unknown key {key!r}; {_did_you_mean(name, names, str)}")
-        if isinstance(value, (list, dict)):
-            raise UserError(f"{path}: key {key!r} is {type(value).__name__}, expected a single value")
-        if value is not None:
-            flags.append(f"{flag(name)}={value}")
-    return flags
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"no config file at {path}; give a YAML or JSON file")
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, expected option names with values")
-    return content

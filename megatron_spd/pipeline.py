@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,29 @@ import torch
 from torch import Tensor
 
 from megatron_spd import stages
-from megatron_spd.calibration.stream import BlockStreamer
+from megatron_spd.calibration.stream import BlockStreamer, BlockWeights, UnitVariants
 from megatron_spd.checkpoint.hf import CheckpointReader
+from megatron_spd.compensation import (
+    calibrate_into,
+    calibration_pieces,
+    chosen_ingredients,
+    measured_variants,
+)
 from megatron_spd.config import RunOptions
 from megatron_spd.distill.tracking import Tracker
-from megatron_spd.distill.units import UnitStore
 from megatron_spd.errors import UserError
 from megatron_spd.evaluate.generate import generate_text
-from megatron_spd.evaluate.perplexity import plan_perplexity
-from megatron_spd.files import write_text_atomic
-from megatron_spd.plan import SPDPlan
-from megatron_spd.report.html import write_report
+from megatron_spd.evaluate.perplexity import plan_nll
+from megatron_spd.evaluate.statistics import paired_difference, perplexity_interval
+from megatron_spd.plan import BaseModel, SPDPlan
+from megatron_spd.planning import Choice, choose_plan, make_search
+from megatron_spd.report.run import write_report
+from megatron_spd.run_folder import RunFolder
 from megatron_spd.runtime.distributed import Runtime
 from megatron_spd.sensitivity.sweep import Method, sweep
 
 PROMPT = "The most important thing about a network of computers is"
 _SAMPLE_TOKENS = 40
-#: Parts of a run's identity that say nothing to a reader, and what they stand for.
-_HASHES = {"fingerprint": "model", "text": "text"}
 #: Options that may differ when a run is continued.
 _FREE_OPTIONS = {
     "config",
@@ -51,72 +55,13 @@ _FREE_OPTIONS = {
 }
 
 
-class RunFolder:
-    """The folder of one run. Raises UserError if it holds another run, or something that is not a run."""
-
-    def __init__(self, folder: Path, identity: dict[str, Any], runtime: Runtime) -> None:
-        self.folder, self.runtime = folder, runtime
-        problem = runtime.from_main(self._claim(identity) if runtime.is_main else None)
-        if problem:
-            raise UserError(problem)
-
-    def _claim(self, identity: dict[str, Any]) -> str | None:
-        stamp = self.folder / "run.json"
-        if stamp.is_file():
-            try:
-                held = dict(json.loads(stamp.read_text(encoding="utf-8")))
-            except (ValueError, TypeError):
-                return f"{stamp} is not the record of a run; give a new or empty folder as --out"
-            different = [k for k in identity if held.get(k) != identity[k]]
-            if different:
-                return (
-                    f"{self.folder} holds another run: {_difference(different[0], held, identity)}; "
-                    "give another --out, or the same options to continue it"
-                )
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            return f"{self.folder} exists and is not a run folder; give a new or empty folder as --out"
-        (self.folder / "stages").mkdir(parents=True, exist_ok=True)
-        self.write_json("run.json", identity)
-        return None
-
-    def write_json(self, name: str, content: Any) -> None:
-        """Write a JSON file of the run atomically (main rank only)."""
-        if self.runtime.is_main:
-            write_text_atomic(self.folder / name, json.dumps(content, indent=1) + "\n")
-
-    def stage(self, name: str, work: Callable[[], Any]) -> Any:
-        """The JSON-able result of ``work()``, from the folder if the stage is finished. The same on every rank."""
-        path = self.folder / "stages" / f"{name}.json"
-        held = self.runtime.from_main(
-            json.loads(path.read_text()) if self.runtime.is_main and path.is_file() else None
-        )
-        if held is not None:
-            return held["result"]
-        started = time.monotonic()
-        # Through JSON, so that a resumed run sees exactly what the first one saw.
-        result = json.loads(json.dumps(self.runtime.from_main(work())))
-        self.write_json(f"stages/{name}.json", {"result": result, "seconds": time.monotonic() - started})
-        return result
-
-    def seconds(self) -> dict[str, float]:
-        """Wall time of the finished stages in their order."""
-        paths = sorted((self.folder / "stages").glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
-        return {p.stem: json.loads(p.read_text())["seconds"] for p in paths}
-
-
-def _difference(key: str, held: dict[str, Any], wanted: dict[str, Any]) -> str:
-    if key in _HASHES:
-        return f"it was made from another {_HASHES[key]}"
-    return f"its {key} is {held.get(key)!r}, this one's {wanted[key]!r}"
-
-
 def run_pipeline(reader: CheckpointReader, runtime: Runtime, options: RunOptions) -> dict[str, Any]:
     """All stages; returns the results that the report is made of. Called on every rank."""
     started = time.monotonic()
     tokens, training, scoring = _texts(reader, options)
-    if options.recovery == "paper":
+    if options.recovery in ("paper", "full"):
         # Here, before hours of measuring.
-        stages.distill_settings(options, None).check_amount(len(training), runtime.dp_size)
+        stages.distill_settings(options, None).check_amount(training, runtime.dp_size)
     folder = RunFolder(Path(options.out), _identity(reader, options, tokens, training, scoring), runtime)
     with Tracker(options.tracking, folder.folder, runtime.is_main) as tracker:
         tracker.config(dataclasses.asdict(options))
@@ -127,7 +72,8 @@ def _texts(reader: CheckpointReader, options: RunOptions) -> tuple[Tensor, Tenso
     """Pieces to measure sensitivity on, to distil on, and to score on; the last are disjoint from the others."""
     tokens = stages.calibration_tokens(reader, options)
     training = stages.calibration_tokens(reader, options, options.distill_sequences)
-    used = 0 if options.eval_data else max(options.sequences, options.distill_sequences)
+    measured = options.sequences + (options.calibration_sequences if options.grouped else 0)
+    used = 0 if options.eval_data else max(measured, options.distill_sequences)
     scored = dataclasses.replace(options, data=options.eval_data or options.data)
     return tokens, training, stages.calibration_tokens(reader, scored, options.eval_sequences, used)
 
@@ -153,46 +99,65 @@ class _Pipeline:
         self.reader, self.runtime, self.options = reader, runtime, options
         self.folder, self.tracker, self.started = folder, tracker, started
         self.path = folder.folder
+        self._variants: tuple[UnitVariants, str] | None = None
 
     def run(self, tokens: Tensor, training: Tensor, scoring: Tensor) -> dict[str, Any]:
         """Run what is not finished; returns and keeps the results."""
-        measured = self.folder.stage("sensitivity", lambda: self._sensitivity(tokens))
-        self.folder.write_json("sensitivity.json", measured)
-        base = self.reader.base_model()
-        chosen, thresholds = stages.choose_plan(
-            base, self.options.branches, measured, self.options, self.options.model
-        )
-        plain = self.folder.stage("evaluate plain", lambda: self._perplexity(SPDPlan.dense(base, 1), scoring))
-        zero_shot = self.folder.stage("evaluate zero-shot", lambda: self._perplexity(chosen, scoring))
-        plan = SPDPlan.from_dict(self.folder.stage("group", lambda: self._group(chosen, tokens)))
-        units = self.folder.stage("distil", lambda: self._distill(plan, training))
-        plan = _with_real_recovery(plan, units).with_provenance(
-            data=self.options.data or "embedded",
-            sensitivity_tokens=tokens.numel(),
-            distillation_tokens=training.numel() * self.options.epochs if units else 0,
-            seed=self.options.seed,
-            thresholds=dataclasses.asdict(thresholds),
-            perplexity={"plain": plain, "zero_shot": zero_shot},
-        )
-        self.folder.stage("export", lambda: self._export(plan))
-        final = self.folder.stage("evaluate final", lambda: self._exported_perplexity(scoring))
-        samples = self.folder.stage("generate", self._samples)
+        folder, base = self.folder, self.reader.base_model()
+        measured = folder.stage("sensitivity", lambda: self._sensitivity(tokens))
+        folder.write_json("sensitivity.json", measured)
+        choice = Choice.from_dict(folder.stage("plan", lambda: self._choose(base, measured, tokens)))
+        losses = {
+            "plain": folder.stage("evaluate plain", lambda: self._losses(SPDPlan.dense(base, 1), scoring)),
+            "zero_shot": folder.stage("evaluate zero-shot", lambda: self._losses(choice.plan, scoring)),
+        }
+        grouped = folder.stage("group", lambda: self._group(choice.plan, tokens))
+        plan = SPDPlan.from_dict(grouped["plan"])
+        if self.options.grouped:
+            losses["grouped"] = folder.stage("evaluate grouped", lambda: self._losses(plan, scoring, True))
+        units, finishing = folder.stage("distil", lambda: self._train(plan, training))
+        plan = _with_real_recovery(plan, units)
+        folder.stage("export", lambda: self._export(self._signed(plan, choice, tokens, training, losses)))
+        losses["final"] = folder.stage("evaluate final", lambda: self._exported_losses(scoring))
+        samples = folder.stage("generate", self._samples)
         results = {
             "model": Path(self.options.model).resolve().name,
             "branches": plan.branches,
             "ranks": self.runtime.tp_size,
+            "recovery": self.options.recovery,
             "sync_points_total": len(plan.sync_points),
             "dropped": plan.dropped,
-            "perplexity": {"plain": plain, "zero_shot": zero_shot, "final": final},
+            **_perplexities(losses, scoring),
             **stages.traffic(plan, _itemsize(self.reader)),
             "tiers": {i: b.tier for i, b in enumerate(plan.blocks) if b.tier},
-            "thresholds": dataclasses.asdict(thresholds),
+            "thresholds": dataclasses.asdict(choice.thresholds),
+            "search": choice.search,
+            "calibration": grouped["blocks"],
             "units": units,
+            "finish": finishing,
             "samples": samples,
             "sensitivity": measured,
             "notes": [self._protocol(tokens, training, scoring)],
         }
         return self._finish(results)
+
+    def _signed(
+        self, plan: SPDPlan, choice: Choice, tokens: Tensor, training: Tensor, losses: dict[str, list[float]]
+    ) -> SPDPlan:
+        """The plan with what it was made from."""
+        figures = {
+            k: perplexity_interval(v, self.options.seq_length - 1).perplexity for k, v in losses.items()
+        }
+        trains = self.options.recovery in ("paper", "full")
+        return plan.with_provenance(
+            data=self.options.data or "embedded",
+            sensitivity_tokens=tokens.numel(),
+            training_pieces=len(training) if trains else 0,
+            recovery=self.options.recovery,
+            seed=self.options.seed,
+            thresholds=dataclasses.asdict(choice.thresholds),
+            perplexity=figures,
+        )
 
     def _finish(self, results: dict[str, Any]) -> dict[str, Any]:
         results["stage_seconds"] = self.runtime.from_main(
@@ -214,46 +179,110 @@ class _Pipeline:
     def _sensitivity(self, tokens: Tensor) -> dict[str, Any]:
         which = self.options.sync_points
         method: Method = "algorithm1" if which == "attention" else "single"
-        streamer = self._streamer(self.reader)
+        variants, grouping = self._measured_with()
         result = sweep(
-            streamer, tokens, self.options.branches, method, which, self.path / "sensitivity.unfinished"
+            self._streamer(self.reader),
+            tokens,
+            self.options.branches,
+            method,
+            which,
+            self.path / "sensitivity.unfinished",
+            grouping,
+            variants,
         )
-        return result | {"fingerprint": self.reader.fingerprint()}
+        return result | {"fingerprint": self.reader.fingerprint(), "grouped": self.options.grouped}
 
-    def _streamer(self, reader: CheckpointReader) -> BlockStreamer:
-        return stages.make_streamer(reader, self.runtime, dtype=self.options.dtype)
+    def _measured_with(self) -> tuple[UnitVariants, str]:
+        """What candidates are measured with; made once, for the sweep and the search."""
+        if self._variants is None:
+            self._variants = measured_variants(
+                self._streamer(self.reader), self.options.branches, self.options, self.options.grouped
+            )
+        return self._variants
 
-    def _perplexity(self, plan: SPDPlan, tokens: Tensor) -> float:
-        what = "zero-shot perplexity" if plan.dropped else "plain perplexity"
-        return plan_perplexity(self._streamer(self.reader), plan, tokens, what)[0]
+    def _choose(self, base: BaseModel, measured: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+        options, search = self.options, None
+        if options.sets_to_measure:
+            variants, grouping = self._measured_with()
+            search = make_search(
+                self._streamer(self.reader),
+                options.branches,
+                variants,
+                tokens,
+                options.sets_to_measure,
+                self.path / "search.json",
+                grouping,
+            )
+        choice = choose_plan(base, options.branches, measured, options, options.model, search)
+        self._variants = None  # calibrated units of candidates are no longer needed
+        return choice.to_dict()
 
-    def _exported_perplexity(self, tokens: Tensor) -> float:
+    def _streamer(self, reader: CheckpointReader, weights: BlockWeights | None = None) -> BlockStreamer:
+        streamer = stages.make_streamer(reader, self.runtime, dtype=self.options.dtype)
+        if weights is not None:
+            streamer.weights = weights
+        return streamer
+
+    def _losses(self, plan: SPDPlan, tokens: Tensor, calibrated: bool = False) -> list[float]:
+        """Negative log-likelihood of every sequence."""
+        what = (
+            "grouped perplexity"
+            if calibrated
+            else "zero-shot perplexity"
+            if plan.dropped
+            else "plain perplexity"
+        )
+        weights = self._calibrated(plan) if calibrated else None
+        return plan_nll(self._streamer(self.reader, weights), plan, tokens, what).tolist()
+
+    def _exported_losses(self, tokens: Tensor) -> list[float]:
         """Of the files as written: what a user of the export gets."""
         exported = CheckpointReader(self.path / "export")
         assert exported.plan is not None
-        return plan_perplexity(self._streamer(exported), exported.plan, tokens, "final perplexity")[0]
+        return plan_nll(self._streamer(exported), exported.plan, tokens, "final perplexity").tolist()
 
     def _group(self, plan: SPDPlan, tokens: Tensor) -> dict[str, Any]:
-        plan = stages.group_plan(self._streamer(self.reader), plan, tokens)
-        return plan.to_dict()
+        """The plan with its orders, and the record of every calibrated block."""
+        streamer = self._streamer(self.reader)
+        if not self.options.grouped:
+            return {"plan": stages.group_plan(streamer, plan, tokens).to_dict(), "blocks": []}
+        pieces, ingredients = calibration_pieces(self.reader, self.options), chosen_ingredients(self.options)
+        plan, records = calibrate_into(streamer, plan, pieces, ingredients, self.path / "calibrated")
+        return {"plan": plan.to_dict(), "blocks": records}
 
-    def _distill(self, plan: SPDPlan, tokens: Tensor) -> list[dict[str, Any]]:
-        seconds = None
-        if self.options.max_minutes is not None:
-            # What is left of the time, less what the stages after this one will take.
-            scoring = self.folder.seconds().get("evaluate zero-shot", 0.0)
-            seconds = max(
-                0.0, self.options.max_minutes * 60 - (time.monotonic() - self.started) - 3 * scoring
-            )
-            seconds = self.runtime.from_main(seconds)
-        settings = stages.distill_settings(self.options, seconds)
-        store = UnitStore(self.path / "distill", settings.identity(plan, tokens), self.runtime)
-        return stages.run_distillation(self.reader, self.runtime, plan, tokens, settings, store, self.tracker)
+    def _calibrated(self, plan: SPDPlan) -> BlockWeights:
+        return stages.final_weights(self.reader, plan, calibrated=self.path / "calibrated")
+
+    def _train(self, plan: SPDPlan, tokens: Tensor) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """Distillation and the finishing pass; nothing where the recovery asks for neither."""
+        if self.options.recovery not in ("paper", "full"):
+            return [], None
+        stores = stages.training_stores(
+            self.options, plan, tokens, self.path, self.runtime, "calibrated" if self.options.grouped else ""
+        )
+        return stages.run_training(
+            self.reader,
+            self.runtime,
+            plan,
+            tokens,
+            self.options,
+            stores,
+            self.tracker,
+            self._seconds_left(),
+            self._calibrated(plan),
+        )
+
+    def _seconds_left(self) -> float | None:
+        """What is left of ``--max-minutes``, less what the stages after training will take."""
+        if self.options.max_minutes is None:
+            return None
+        scoring = self.folder.seconds().get("evaluate zero-shot", 0.0)
+        left = self.options.max_minutes * 60 - (time.monotonic() - self.started) - 3 * scoring
+        return self.runtime.from_main(max(0.0, left))
 
     def _export(self, plan: SPDPlan) -> list[int]:
-        exported = stages.write_export(
-            self.reader, self.runtime, plan, self.path / "distill", self.path / "export"
-        )
+        weights = stages.final_weights(self.reader, plan, self.path / "distill", self.path / "calibrated")
+        exported = stages.write_export(self.reader, self.runtime, plan, weights, self.path / "export")
         if self.runtime.is_main:
             exported.save(self.path / "plan.json")
         return exported.dropped
@@ -308,8 +337,24 @@ def _with_real_recovery(plan: SPDPlan, units: list[dict[str, Any]]) -> SPDPlan:
         for block in unit["blocks"]:
             planned = plan.blocks[block].recovery
             if planned.endswith("b2b") and not unit["kept"]:
-                plan = plan.with_block(block, recovery="zs")
+                plan = plan.with_block(block, recovery="grouped" if planned.startswith("grouped") else "zs")
     return plan
+
+
+def _perplexities(losses: dict[str, list[float]], scoring: Tensor) -> dict[str, Any]:
+    """Perplexity after every step with its interval, and the paired increase over the plain model in percent."""
+    length = scoring.shape[1] - 1
+    intervals = {name: perplexity_interval(nll, length) for name, nll in losses.items()}
+    differences = {
+        name: paired_difference(losses["plain"], nll, length)
+        for name, nll in losses.items()
+        if name != "plain"
+    }
+    return {
+        "perplexity": {name: interval.perplexity for name, interval in intervals.items()},
+        "interval": {name: [i.low, i.high] for name, i in intervals.items()},
+        "increase": {name: [d.increase, d.low, d.high] for name, d in differences.items()},
+    }
 
 
 def _itemsize(reader: CheckpointReader) -> int:

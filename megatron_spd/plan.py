@@ -30,7 +30,7 @@ COLLECTIVES = (FULL, NONE)
 #: Tiers of section 2 of the paper; "" for a block in which nothing is dropped.
 TIERS = ("", "ISB", "SB", "ESB")
 #: How a block was recovered; "" for a block in which nothing is dropped.
-RECOVERIES = ("", "zs", "b2b", "hg+b2b")
+RECOVERIES = ("", "zs", "b2b", "hg+b2b", "grouped", "grouped+b2b")
 
 
 def _fail(where: str, given: Any, expected: str) -> NoReturn:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,21 @@ from megatron_spd.calibration.stream import BlockStreamer, BlockWeights
 from megatron_spd.calibration.text import read_text, token_batches
 from megatron_spd.checkpoint.export import export
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.config import DataOptions, SelectionOptions, TrainingOptions
+from megatron_spd.config import DataOptions, TrainingOptions
 from megatron_spd.distill.engine import EngineSettings
-from megatron_spd.distill.recipe import DistillSettings, distill
+from megatron_spd.distill.finish import finish
+from megatron_spd.distill.recipe import distill
+from megatron_spd.distill.settings import DistillSettings, FinishSettings
 from megatron_spd.distill.tracking import Tracker
-from megatron_spd.distill.units import UnitStore, distilled_block
+from megatron_spd.distill.units import FinishStore, UnitStore, trained_block
 from megatron_spd.errors import UserError
-from megatron_spd.grouping.heads import AttentionSettings, group_heads
+from megatron_spd.grouping.formulas import AttentionSettings
+from megatron_spd.grouping.heads import group_heads
 from megatron_spd.grouping.permute import planned_weights
 from megatron_spd.models.build import DTYPES, inverse_frequencies
 from megatron_spd.plan import BaseModel, SPDPlan
 from megatron_spd.progress import progress_bar
 from megatron_spd.runtime.distributed import Runtime
-from megatron_spd.sensitivity.tiers import (
-    Thresholds,
-    block_tiers,
-    choose_points,
-    drop_count,
-    find_thresholds,
-    points_up_to,
-    points_within_budget,
-    scores_from,
-)
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers")
 
@@ -85,61 +79,29 @@ def make_streamer(
 
 
 def final_weights(
-    reader: CheckpointReader, plan: SPDPlan | None, distilled: Path | None = None
+    reader: CheckpointReader,
+    plan: SPDPlan | None,
+    distilled: Path | None = None,
+    calibrated: Path | None = None,
 ) -> BlockWeights:
-    """Block weights as they are run and exported (see :func:`make_streamer`)."""
+    """Block weights as they are run and exported (see :func:`make_streamer`): finished over distilled over
+    calibrated ones, over the base model's in the plan's order."""
     if reader.plan is not None or plan is None:
         return reader.block
-    permuted = planned_weights(reader, plan)
+    folders = [] if distilled is None else [finish_folder(distilled), distilled]
+    folders += [] if calibrated is None else [calibrated]
+    return trained_weights(folders, planned_weights(reader, plan))
+
+
+def trained_weights(folders: Sequence[Path], initial: BlockWeights) -> BlockWeights:
+    """Blocks from the first of ``folders`` that trained them (see ``units.trained_block``), the others
+    ``initial``."""
 
     def weights(block: int) -> Mapping[str, Tensor]:
-        trained = distilled_block(distilled, block) if distilled is not None else None
-        return permuted(block) if trained is None else trained
+        trained = trained_block(folders, block)
+        return initial(block) if trained is None else trained
 
     return weights
-
-
-def choose_plan(
-    base: BaseModel, branches: int, sensitivity: Mapping[str, Any], options: SelectionOptions, name: str
-) -> tuple[SPDPlan, Thresholds]:
-    """The plan that ``options`` make of a sensitivity measurement, and the tier thresholds used.
-
-    Points: a ratio or count of the least sensitive ones, a perplexity budget, or, if none is given, all
-    points but the extremely sensitive. Raises UserError if the measurement is of another model or G, or lacks
-    scores.
-    """
-    base.check_branches(branches)
-    if sensitivity.get("fingerprint") not in (None, base.fingerprint):
-        raise UserError(
-            f"the sensitivity file is of another model than {name}; measure again with `megatron-spd sensitivity`"
-        )
-    if sensitivity["branches"] != branches:
-        raise UserError(
-            f"the sensitivity file was measured with G = {sensitivity['branches']}, not G = {branches}; measure again"
-        )
-    scores = scores_from(sensitivity, options.sync_points)
-    if options.tau1 is not None and options.tau2 is not None:
-        thresholds = Thresholds(options.tau1, options.tau2)
-    else:
-        thresholds = find_thresholds(scores)
-    spread = options.sync_points != "attention"
-    if options.max_perplexity_increase is not None:
-        plain = sensitivity["plain_perplexity"]
-        dropped = points_within_budget(scores, plain, options.max_perplexity_increase, spread)
-    elif options.drop_count is not None or options.drop_ratio is not None:
-        count = options.drop_count
-        if count is None:
-            count = drop_count(len(scores), options.drop_ratio or 0.0)
-        dropped = choose_points(scores, count, spread)
-    else:
-        dropped = points_up_to(scores, thresholds.tau2)
-    plan = SPDPlan.dense(base, branches).with_drops(dropped)
-    recovery = {"ISB": "zs", "SB": "b2b", "ESB": "hg+b2b"}
-    for block, tier in block_tiers(scores, dropped, thresholds).items():
-        plan = plan.with_block(
-            block, tier=tier, recovery="zs" if options.recovery == "zs" else recovery[tier]
-        )
-    return plan, thresholds
 
 
 def group_plan(streamer: BlockStreamer, plan: SPDPlan, tokens: Tensor) -> SPDPlan:
@@ -170,10 +132,46 @@ def group_plan(streamer: BlockStreamer, plan: SPDPlan, tokens: Tensor) -> SPDPla
     return plan
 
 
+def finish_folder(distilled: Path) -> Path:
+    """Where the finishing pass after the distillation in the folder ``distilled`` keeps its blocks."""
+    return distilled.with_name("finish")
+
+
 def distill_settings(options: TrainingOptions, max_seconds: float | None) -> DistillSettings:
-    """The recipe's settings from the command's options."""
-    engine = EngineSettings(
-        learning_rate=options.learning_rate,
+    """The recipe's settings from the command's options. ``max_seconds``: for all training; half of it is for units
+    where a finishing pass follows, which may take what they leave."""
+    if max_seconds is not None and options.finish != "none":
+        max_seconds /= 2
+    return DistillSettings(
+        _engine_settings(options, options.learning_rate),
+        options.epochs,
+        options.distill_tokens,
+        seed=options.seed,
+        max_seconds=max_seconds,
+        loss=options.loss,
+        inputs=options.inputs,
+    )
+
+
+def finish_settings(options: TrainingOptions, max_seconds: float | None) -> FinishSettings | None:
+    """The finishing pass's settings from the command's options, None for ``--finish none``. ``max_seconds``: what
+    is left for it. One pass over the training pieces unless ``--finish-tokens`` says otherwise."""
+    if options.finish == "none":
+        return None
+    return FinishSettings(
+        _engine_settings(options, options.finish_learning_rate),
+        1,
+        options.finish_tokens,
+        seed=options.seed,
+        max_seconds=max_seconds,
+        which=options.finish,
+        recompute=options.finish_recompute,
+    )
+
+
+def _engine_settings(options: TrainingOptions, learning_rate: float) -> EngineSettings:
+    return EngineSettings(
+        learning_rate=learning_rate,
         micro_batch_size=options.micro_batch_size,
         gradient_accumulation=options.gradient_accumulation,
         gradient_clipping=1.0,
@@ -183,7 +181,53 @@ def distill_settings(options: TrainingOptions, max_seconds: float | None) -> Dis
         dtype=options.dtype,
         config_file=options.deepspeed_config,
     )
-    return DistillSettings(engine, options.epochs, options.loss, seed=options.seed, max_seconds=max_seconds)
+
+
+def training_stores(
+    options: TrainingOptions, plan: SPDPlan, tokens: Tensor, folder: Path, runtime: Runtime, initial: str = ""
+) -> tuple[UnitStore, FinishStore | None]:
+    """The folders ``distill`` and, with ``--finish``, ``finish`` below ``folder`` for the training of ``plan`` on
+    ``tokens``, after a check that these are enough. ``initial``: a name or hash of the weights that students start
+    from, where the plan does not say it all. Raises UserError for too little text and if a folder holds another
+    training."""
+    settings, finishing = distill_settings(options, None), finish_settings(options, None)
+    for each in filter(None, (settings, finishing)):
+        each.check_amount(tokens, runtime.dp_size)
+    identity = settings.identity(plan, tokens, initial)
+    units = UnitStore(folder / "distill", identity, runtime)
+    if finishing is None:
+        return units, None
+    return units, FinishStore(
+        finish_folder(units.folder), finishing.identity(plan, tokens, identity), runtime
+    )
+
+
+def run_training(
+    reader: CheckpointReader,
+    runtime: Runtime,
+    plan: SPDPlan,
+    tokens: Tensor,
+    options: TrainingOptions,
+    stores: tuple[UnitStore, FinishStore | None],
+    tracker: Tracker,
+    seconds: float | None = None,
+    initial: BlockWeights | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Distil the plan's units, then make the finishing pass, within ``seconds``: the records of the units and of
+    the pass (None without one). ``initial``: what students start from (default: the base weights in the plan's
+    order)."""
+    started = time.monotonic()
+    initial = initial or final_weights(reader, plan)
+    units, finished = stores
+    settings = distill_settings(options, seconds)
+    records = run_distillation(reader, runtime, plan, tokens, settings, units, tracker, initial)
+    left = None if seconds is None else max(0.0, seconds - (time.monotonic() - started))
+    finishing = finish_settings(options, left)
+    if finished is None or finishing is None:
+        return records, None
+    weights = trained_weights([units.folder], initial)
+    teacher = _teacher(reader, runtime, finishing.engine)
+    return records, finish(teacher, plan, tokens, finishing, finished, tracker, weights)
 
 
 def run_distillation(
@@ -194,24 +238,27 @@ def run_distillation(
     settings: DistillSettings,
     store: UnitStore,
     tracker: Tracker,
+    initial: BlockWeights,
 ) -> list[dict[str, Any]]:
-    """Distil the plan's units into ``store``; the records of all of them."""
-    streamer = make_streamer(
-        reader, runtime, plan, dtype=settings.engine.dtype, micro_batch=settings.engine.micro_batch_size
-    )
-    records = distill(streamer, plan, tokens, settings, store, tracker)
+    """Distil the plan's units into ``store``, started from ``initial``; the records of all of them."""
+    teacher = _teacher(reader, runtime, settings.engine)
+    records = distill(teacher, plan, tokens, settings, store, tracker, initial)
     for record in records:
         record["recovery"] = plan.blocks[record["blocks"][-1]].recovery if record["kept"] else "zs"
     return records
 
 
+def _teacher(reader: CheckpointReader, runtime: Runtime, engine: EngineSettings) -> BlockStreamer:
+    return make_streamer(reader, runtime, dtype=engine.dtype, micro_batch=engine.micro_batch_size)
+
+
 def write_export(
-    reader: CheckpointReader, runtime: Runtime, plan: SPDPlan, distilled: Path | None, out: Path
+    reader: CheckpointReader, runtime: Runtime, plan: SPDPlan, weights: BlockWeights, out: Path
 ) -> SPDPlan:
     """Export the model on the main rank and return the plan as exported: with the package versions."""
     plan = plan.with_provenance(versions=package_versions())
     if runtime.is_main:
-        export(reader, plan, final_weights(reader, plan, distilled), out)
+        export(reader, plan, weights, out)
     runtime.barrier()
     return plan
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,40 @@ _SCORE_ROWS, _SCORE_COLUMNS = 512, 1024
 _CPU_TOKENS = 512
 
 _STOCK = BlockSchedule(branches=1)
+
+
+@dataclass(frozen=True)
+class BlockVariant:
+    """One block as a candidate computes it: its schedule, and its weights if they are not the streamer's (this rank's
+    shard under Hugging Face names)."""
+
+    schedule: BlockSchedule
+    own: Mapping[str, Tensor] | None = None
+
+
+#: The blocks, by number, of the unit whose dropped points are given.
+UnitVariants = Callable[[tuple[int, ...]], Mapping[int, BlockVariant]]
+
+
+def plain_variants(branches: int, num_layers: int) -> UnitVariants:
+    """The streamer's own weights under the schedule alone."""
+
+    def variants(points: tuple[int, ...]) -> dict[int, BlockVariant]:
+        dropped = set(points)
+        last = (max(points) + 1) // 2  # reads what is pending behind a dropped MLP point
+        return {
+            block: BlockVariant(
+                BlockSchedule(
+                    branches,
+                    pending=2 * block - 1 in dropped,
+                    drop_attention=2 * block in dropped,
+                    drop_mlp=2 * block + 1 in dropped,
+                )
+            )
+            for block in range(min(points) // 2, min(last + 1, num_layers))
+        }
+
+    return variants
 
 
 def model_shape(reader: CheckpointReader) -> ModelShape:
@@ -60,7 +95,7 @@ class BlockStreamer:
         self.micro_batch = micro_batch
         self.shape = model_shape(reader)
         self._units: dict[BlockSchedule, BlockUnit] = {}
-        self._loaded: dict[BlockSchedule, int] = {}
+        self._loaded: dict[BlockSchedule, int | Mapping[str, Tensor]] = {}
         self._block: int | None = None
         self._shard: Mapping[str, Tensor] = {}
         self._state: dict[str, Tensor] = {}
@@ -83,23 +118,42 @@ class BlockStreamer:
         batches = [b.T for b in tokens.split(together)]
         return [F.embedding(b, table).to(self.runtime.device, self.dtype) for b in batches]
 
-    def unit(self, block: int, schedule: BlockSchedule | None = None) -> BlockUnit:
-        """A one-block unit (None: the stock tensor-parallel block) that holds block ``block``'s weights."""
+    def unit(
+        self, block: int, schedule: BlockSchedule | None = None, own: Mapping[str, Tensor] | None = None
+    ) -> BlockUnit:
+        """A one-block unit (None: the stock tensor-parallel block) that holds block ``block``'s weights.
+
+        ``own``: this rank's shard of other weights for the block, under Hugging Face names.
+        """
         schedule = schedule or _STOCK
+        if own is not None:
+            return self._unit_of(schedule, own)
         if self._block != block:
             weights = self.weights(block)
             self._shard = shard_block(weights, self.shape.family, self.runtime.tp_rank, self.runtime.tp_size)
             self._block, self._state = block, {}
-        if schedule not in self._units:
-            unit = BlockUnit(self.shape, [schedule], self.runtime, self.dtype, fused_attention=True)
-            self._units[schedule] = unit.eval().requires_grad_(False)
-        unit = self._units[schedule]
+        unit = self._built(schedule)
         if self._loaded.get(schedule) != block:
             # All units of a block refer to the same tensors: one block in memory, whatever the number of schedules.
             missing = [n for n, _ in unit.blocks.layers[0].named_parameters() if n not in self._state]
             self._state |= layer_state(self._shard, self.shape, self.runtime, self.dtype, missing)
             refer_to(unit.blocks.layers[0], self._state)
             self._loaded[schedule] = block
+        return unit
+
+    def _built(self, schedule: BlockSchedule) -> BlockUnit:
+        if schedule not in self._units:
+            unit = BlockUnit(self.shape, [schedule], self.runtime, self.dtype, fused_attention=True)
+            self._units[schedule] = unit.eval().requires_grad_(False)
+        return self._units[schedule]
+
+    def _unit_of(self, schedule: BlockSchedule, own: Mapping[str, Tensor]) -> BlockUnit:
+        unit = self._built(schedule)
+        if self._loaded.get(schedule) is not own:
+            layer = unit.blocks.layers[0]
+            names = [n for n, _ in layer.named_parameters()]
+            refer_to(layer, layer_state(own, self.shape, self.runtime, self.dtype, names))
+            self._loaded[schedule] = own
         return unit
 
     @torch.no_grad()
@@ -110,10 +164,16 @@ class BlockStreamer:
 
     @torch.no_grad()
     def advance_pending(
-        self, block: int, schedule: BlockSchedule, stream: Sequence[Tensor], pending: Sequence[Tensor | None]
+        self,
+        block: int,
+        schedule: BlockSchedule,
+        stream: Sequence[Tensor],
+        pending: Sequence[Tensor | None],
+        own: Mapping[str, Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """X and P behind ``block`` under ``schedule``; P is None where the block ends synced."""
-        unit = self.unit(block, schedule)
+        """X and P behind ``block`` under ``schedule``; P is None where the block ends synced. ``own``: as in
+        :meth:`unit`."""
+        unit = self.unit(block, schedule, own)
         results = [unit.layer_forward(x, p) for x, p in zip(stream, pending, strict=True)]
         return [x for x, _ in results], [p for _, p in results]
 

@@ -14,23 +14,20 @@ their heads, so that the objective is the published one under that constraint. T
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn import functional
 
 from megatron_spd.errors import UserError
+from megatron_spd.grouping.formulas import AttentionSettings, BlockFormulas
 from megatron_spd.plan import BaseModel
 
 #: Partitions of up to this many items are exact; of more, found by :func:`_local_search`.
 EXACT_LIMIT = 16
-#: Attention probabilities held at a time, in elements (256 MiB in float32).
-_CHUNK_ELEMENTS = 2**26
 _SEARCH_STARTS = 16
 
 Distances = NDArray[np.float64]
@@ -38,15 +35,6 @@ Distances = NDArray[np.float64]
 _NOT_FINITE = (
     "head grouping met activations that overflow or hold NaN on this text: not finite; check the checkpoint"
 )
-
-
-@dataclass(frozen=True)
-class AttentionSettings:
-    """What the weights do not say. ``inv_freq`` [head_dim / 2]: rotary frequencies, scaling included."""
-
-    head_dim: int
-    inv_freq: Tensor
-    norm_eps: float
 
 
 @torch.no_grad()
@@ -73,17 +61,18 @@ def group_heads(
         raise ValueError(f"x has shape {list(x.shape)}; expected [s > 1, b, {base.hidden_size}]")
     if branches == 1:
         return list(range(base.num_key_value_heads))
-    block = DenseBlock(weights, base, settings)
-    contexts: list[Tensor] = []
-    sequences = range(x.shape[1])
+    block = BlockFormulas(weights, base, settings)
+    sequences = [x[:, i : i + 1] for i in range(x.shape[1])]
     gram = attention_signatures(
-        itertools.chain.from_iterable(block.attention(x[:, i], contexts) for i in sequences)
+        itertools.chain.from_iterable(
+            block.attention_maps(block.normed(one, "attention")[None]) for one in sequences
+        )
     )
     distances = group_distances(gram, base.num_key_value_heads)
     if not np.isfinite(distances).all():
         raise UserError(_NOT_FINITE)
     parts = partition_heads(distances, branches)
-    norms = np.sqrt(sum(block.mlp_energy(x[:, i], contexts[i], parts) for i in sequences))
+    norms = np.sqrt(sum(mlp_energy(block, one, parts) for one in sequences))
     if not np.isfinite(norms).all():
         raise UserError(_NOT_FINITE)
     return [group for part in match_heads_to_shards(norms) for group in parts[part]]
@@ -213,6 +202,22 @@ def _inside(distance: Distances, part: Sequence[int]) -> float:
 # ---- 3. which branch they become ------------------------------------------------------------------------------------
 
 
+def mlp_energy(block: BlockFormulas, x: Tensor, parts: Sequence[Sequence[int]]) -> Distances:
+    """Squared norms [parts, shards] of F_shard(norm(X + b_o + A_part)) over all tokens but the first; x [s, b, h]."""
+    context = block.context(block.normed(x, "attention")[None])[1:]
+    output, bias = block.weights["self_attn.o_proj.weight"], block.output_bias("attention")
+    width = output.shape[1] // block.base.num_key_value_heads
+    energy = np.zeros((len(parts), len(parts)))
+    shards = block.weights["mlp.down_proj.weight"].chunk(len(parts), 1)
+    for row, part in enumerate(parts):
+        columns = torch.cat([torch.arange(g * width, (g + 1) * width, device=x.device) for g in part])
+        u = x[1:] + context[..., columns] @ output[:, columns].T
+        act = block.activations(block.normed(u if bias is None else u + bias, "mlp")[None])
+        for column, (neurons, down) in enumerate(zip(act.chunk(len(parts), -1), shards, strict=True)):
+            energy[row, column] = (neurons @ down.T).double().square().sum().item()
+    return energy
+
+
 def match_heads_to_shards(norms: Distances) -> list[int]:
     """``order[g]``: the part of heads for MLP shard g, so that the sum of the matched norms is largest (exact).
 
@@ -221,70 +226,3 @@ def match_heads_to_shards(norms: Distances) -> list[int]:
     """
     parts, shards = linear_sum_assignment(norms, maximize=True)
     return [int(part) for _, part in sorted(zip(shards.tolist(), parts.tolist(), strict=True))]
-
-
-# ---- the block's formulas -------------------------------------------------------------------------------------------
-
-
-class DenseBlock:
-    """Attention maps and partial MLP outputs of one dense block, in plain operations on one sequence [s, h]."""
-
-    def __init__(self, weights: Mapping[str, Tensor], base: BaseModel, settings: AttentionSettings) -> None:
-        self.weights, self.base, self.settings = weights, base, settings
-
-    def attention(self, x: Tensor, contexts: list[Tensor]) -> Iterator[Tensor]:
-        """Yield probabilities [1, heads, some queries, s]; then append the context before o_proj [s, heads * d]."""
-        base, d = self.base, self.settings.head_dim
-        s, heads, groups = x.shape[0], base.num_attention_heads, base.num_key_value_heads
-        z = self._norm(x, "input_layernorm")
-        q = self._rope(self._linear(z, "self_attn.q_proj").view(s, heads, d).transpose(0, 1))
-        k = self._rope(self._linear(z, "self_attn.k_proj").view(s, groups, d).transpose(0, 1))
-        v = self._linear(z, "self_attn.v_proj").view(s, groups, d).transpose(0, 1)
-        k, v = (t.repeat_interleave(heads // groups, 0) for t in (k, v))
-        place = torch.arange(s, device=x.device)
-        rows = max(1, _CHUNK_ELEMENTS // (heads * s))
-        pieces = []
-        for start in range(0, s, rows):
-            scores = q[:, start : start + rows] @ k.transpose(1, 2) / d**0.5
-            future = place[None, :] > place[start : start + rows, None]
-            probabilities = scores.masked_fill(future, float("-inf")).softmax(-1)
-            pieces.append(probabilities @ v)
-            yield probabilities[None]
-        contexts.append(torch.cat(pieces, 1).transpose(0, 1).reshape(s, heads * d))
-
-    def mlp_energy(self, x: Tensor, context: Tensor, parts: Sequence[Sequence[int]]) -> Distances:
-        """Squared norms [parts, shards] of F_shard(norm(X + b_o + A_part)) over all tokens but the first."""
-        width = self.settings.head_dim * (self.base.num_attention_heads // self.base.num_key_value_heads)
-        output, down = self.weights["self_attn.o_proj.weight"], self.weights["mlp.down_proj.weight"]
-        bias = self.weights.get("self_attn.o_proj.bias")
-        shard = self.base.intermediate_size // len(parts)
-        energy = np.zeros((len(parts), len(parts)))
-        x, context = x[1:], context[1:]
-        for row, part in enumerate(parts):
-            columns = torch.cat([torch.arange(g * width, (g + 1) * width, device=x.device) for g in part])
-            u = x + context[:, columns] @ output[:, columns].T
-            act = self._activation(self._norm(u if bias is None else u + bias, "post_attention_layernorm"))
-            for column in range(len(parts)):
-                neurons = slice(column * shard, (column + 1) * shard)
-                energy[row, column] = (act[:, neurons] @ down[:, neurons].T).double().square().sum().item()
-        return energy
-
-    def _activation(self, z: Tensor) -> Tensor:
-        """What down_proj sees [s, ffn], gated or plain."""
-        if "mlp.gate_proj.weight" not in self.weights:
-            return functional.silu(self._linear(z, "mlp.up_proj"))
-        return functional.silu(self._linear(z, "mlp.gate_proj")) * self._linear(z, "mlp.up_proj")
-
-    def _linear(self, x: Tensor, name: str) -> Tensor:
-        return functional.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
-
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.settings.norm_eps)
-        return x * scale * self.weights[f"{name}.weight"]
-
-    def _rope(self, x: Tensor) -> Tensor:
-        """Rotary embedding, halves convention; x [n, s, d]."""
-        angle = torch.outer(torch.arange(x.shape[1], device=x.device), self.settings.inv_freq.to(x.device))
-        angle = torch.cat([angle, angle], -1).to(x.dtype)
-        left, right = x.chunk(2, -1)
-        return x * angle.cos() + torch.cat([-right, left], -1) * angle.sin()

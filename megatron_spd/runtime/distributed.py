@@ -38,6 +38,13 @@ class Runtime:
         """True on the one rank that writes files and prints."""
         return self.rank == 0
 
+    @property
+    def world_group(self) -> dist.ProcessGroup:
+        """All ranks, for what is spread over them by sequences alone."""
+        group = dist.group.WORLD
+        assert group is not None  # a Runtime exists only after initialize()
+        return group
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:

@@ -19,9 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_spd.calibration.stream import BlockStreamer
+from megatron_spd.calibration.stream import BlockStreamer, UnitVariants, plain_variants
 from megatron_spd.files import write_atomic
-from megatron_spd.plan import BlockSchedule
 from megatron_spd.progress import progress_bar
 from megatron_spd.sensitivity.tiers import droppable_points
 
@@ -52,6 +51,7 @@ def sweep(
     which: Which = "any",
     unfinished: Path | None = None,
     order: str = "",
+    variants: UnitVariants | None = None,
 ) -> dict[str, Any]:
     """Measure the perplexity of ``tokens`` [n, s] under each candidate drop.
 
@@ -59,7 +59,8 @@ def sweep(
     dropped. The weights are those that ``streamer`` walks (grouped ones if it permutes). ``unfinished``:
     where to save the streams now and then, so that a killed sweep of the same model, text and candidates goes
     on from there, under any M; the file is removed at the end. ``order`` tells apart sweeps whose streamers
-    put the model's weights in another order.
+    put the model's weights in another order. ``variants``: calibrated weights of the blocks that a dropped point
+    touches (``order`` must then tell them apart too); default: the streamer's own.
 
     Returns a JSON-able dict: ``plain_perplexity``, ``algorithm1`` and ``single`` lists with ``perplexity``
     and ``sensitivity`` (increase of perplexity: against one block fewer for Algorithm 1, against the plain
@@ -74,7 +75,7 @@ def sweep(
     with progress_bar(streamer.runtime, "sensitivity", _steps(num_layers, starts, points), "step") as bar:
         bar.update(_steps(state.block, starts, points))
         while state.block < num_layers:
-            _advance(streamer, state, branches, starts, points)
+            _advance(streamer, state, variants or plain_variants(branches, num_layers), starts, points)
             bar.update(_steps(state.block, starts, points) - bar.n if not bar.disable else 0)
             if unfinished is not None and streamer.runtime.from_main(time.monotonic() - saved > _SAVE_EVERY):
                 _save(streamer, state, identity, unfinished)
@@ -94,31 +95,32 @@ def _steps(blocks: int, starts: set[int], points: set[int]) -> int:
 
 
 def _advance(
-    streamer: BlockStreamer, state: _State, branches: int, starts: set[int], points: set[int]
+    streamer: BlockStreamer, state: _State, variants: UnitVariants, starts: set[int], points: set[int]
 ) -> None:
     """All streams through block ``state.block``; those that start there begin."""
     block = state.block
-    drop_attention = BlockSchedule(branches, drop_attention=True)
+    attention, mlp = 2 * block, 2 * block + 1
     none: list[Tensor | None] = [None] * len(state.plain)
 
-    def run(schedule: BlockSchedule, x: Sequence[Tensor], pending: Sequence[Tensor | None]) -> _Stream:
-        return streamer.advance_pending(block, schedule, x, pending)
+    def run(point: int, x: Sequence[Tensor], pending: Sequence[Tensor | None]) -> _Stream:
+        variant = variants((point,))[block]
+        return streamer.advance_pending(block, variant.schedule, x, pending, variant.own)
 
     for start, x in state.algorithm1.items():
-        state.algorithm1[start] = run(drop_attention, x, none)[0]
+        state.algorithm1[start] = run(attention, x, none)[0]
     for point, (x, pending) in state.single.items():
         if pending[0] is None:
             state.single[point] = (streamer.advance(block, x), none)
         else:
-            state.single[point] = run(BlockSchedule(branches, pending=True), x, pending)
-    if block in starts or 2 * block in points:
-        begun = run(drop_attention, state.plain, none)
+            state.single[point] = run(point, x, pending)
+    if block in starts or attention in points:
+        begun = run(attention, state.plain, none)
         if block in starts:
             state.algorithm1[block] = begun[0]
-        if 2 * block in points:
-            state.single[2 * block] = begun
-    if 2 * block + 1 in points:
-        state.single[2 * block + 1] = run(BlockSchedule(branches, drop_mlp=True), state.plain, none)
+        if attention in points:
+            state.single[attention] = begun
+    if mlp in points:
+        state.single[mlp] = run(mlp, state.plain, none)
     state.plain = streamer.advance(block, state.plain)
     state.block += 1
 

@@ -32,6 +32,8 @@ SEQUENCES, LENGTH = 4, 16
 #: distilled.
 TAU2 = 8_000_000
 TIERS = ["--tau1", -1_000_000_000, "--tau2", TAU2]
+#: What the paper does: attention points, tiers, published head grouping, no search over sets.
+PAPER = ["--sync-points", "attention", "--recovery", "paper"]
 TRAINING = ["--epochs", 2, "--micro-batch-size", 1, "--learning-rate", 1e-3]
 
 
@@ -54,7 +56,7 @@ def run_arguments(work: Path, out: Path, *more: object) -> list[object]:
     """`run` with three of the four attention points dropped, all three distilled and one of them grouped."""
     evaluation = ["--eval-sequences", 4, "--distill-sequences", 8]
     fixed = ["run", "--model", work / "model", "--out", out, "--branches", BRANCHES, *data(work), *evaluation]
-    return [*fixed, "--drop-ratio", 0.7, *TIERS, *TRAINING, *more]
+    return [*fixed, "--drop-ratio", 0.7, *TIERS, *TRAINING, *PAPER, *more]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def chain(work: Path) -> dict[str, dict[str, Any]]:
     """The answers of the commands, one after the other, by name; their files lie in ``work``."""
     model = ["--model", work / "model"]
     sensitivity = ["sensitivity", *model, "--branches", BRANCHES, "--out", work / "s.json", *data(work)]
-    chosen = ["--sensitivity", work / "s.json", "--branches", BRANCHES, "--drop-ratio", 0.7, *TIERS]
+    chosen = ["--sensitivity", work / "s.json", "--branches", BRANCHES, "--drop-ratio", 0.7, *TIERS, *PAPER]
     trained = ["--plan", work / "grouped.json", *data(work), *TRAINING, "--tracking", "none"]
     exported = ["--plan", work / "grouped.json", "--distilled", work / "distilled", "--out", work / "spd"]
     return {

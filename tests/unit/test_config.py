@@ -15,9 +15,9 @@ from megatron_spd.config import (
     EvaluateOptions,
     PlanOptions,
     RunOptions,
-    parse_options,
 )
 from megatron_spd.errors import UserError
+from megatron_spd.parsing import parse_options
 
 T = TypeVar("T", bound=CommonOptions)
 REQUIRED: dict[type[CommonOptions], list[str]] = {

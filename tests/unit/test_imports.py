@@ -16,14 +16,14 @@ PACKAGE = Path(__file__).parents[2] / "megatron_spd"
 #: From the bottom up: a part imports from lower levels; from its own level only without going round in a circle.
 LEVELS: list[set[str]] = [
     {"errors", "files"},
-    {"plan", "config", "runtime", "progress"},
+    {"plan", "config", "parsing", "runtime", "progress"},
     {"comm"},
     {"layers"},
     {"models"},
     {"checkpoint", "calibration"},
     {"sensitivity", "grouping", "distill", "evaluate"},
-    {"report", "stages"},
-    {"pipeline", "commands"},
+    {"report", "stages", "compensation", "planning", "run_folder"},
+    {"pipeline", "curve", "curve_variants", "commands"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
@@ -33,8 +33,10 @@ PLACES: dict[str, set[str]] = {
     "deepspeed": {"runtime", "distill"},
     "megatron": {"runtime", "layers", "models", "calibration", "distill", "evaluate"},
     "wandb": {"distill"},
+    "lm_eval": {"evaluate"},
+    "datasets": {"evaluate"},
     "matplotlib": {"report"},
-    "torch": set(LEVEL) - {"errors", "files", "plan", "config", "cli"},
+    "torch": set(LEVEL) - {"errors", "files", "plan", "config", "parsing", "cli"},
 }
 
 

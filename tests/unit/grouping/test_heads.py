@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from megatron_spd.errors import UserError
+from megatron_spd.grouping.formulas import AttentionSettings, BlockFormulas
 from megatron_spd.grouping.heads import (
     EXACT_LIMIT,
-    AttentionSettings,
-    DenseBlock,
     attention_signatures,
     group_distances,
     group_heads,
     match_heads_to_shards,
+    mlp_energy,
     partition_heads,
 )
 from megatron_spd.grouping.permute import permute_block
@@ -217,7 +217,9 @@ def test_group_heads_is_the_published_choice(shape, branches, biases, rows_at_a_
     """Against all orders: first the largest distances inside branches, then the largest matched MLP norms."""
     if rows_at_a_time:
         s = 7
-        monkeypatch.setattr("megatron_spd.grouping.heads._CHUNK_ELEMENTS", rows_at_a_time * shape.heads * s)
+        monkeypatch.setattr(
+            "megatron_spd.grouping.formulas._CHUNK_ELEMENTS", rows_at_a_time * shape.heads * s
+        )
     generator = torch.Generator().manual_seed(11)
     w = random_block(shape, branches, generator, biases)
     x = torch.randn(7, 3, shape.hidden, generator=generator, dtype=torch.float64)
@@ -267,11 +269,12 @@ def test_norms_of_every_pair_of_heads_and_shard(shape, branches, biases):
     x = torch.randn(6, shape.hidden, generator=generator, dtype=torch.float64)
     x[0] *= 1000.0
     parts = [list(range(g, shape.kv_groups, branches)) for g in range(branches)]
-    block = DenseBlock(w, base_of(shape), settings_of(shape))
-    contexts = []
-    maps = torch.cat(list(block.attention(x, contexts)), 2)
-    torch.testing.assert_close(maps, reference_maps(x[:, None], w, shape))
-    energy = block.mlp_energy(x, contexts[0], parts)
+    block = BlockFormulas(w, base_of(shape), settings_of(shape))
+    z = block.normed(x[:, None], "attention")[None]
+    torch.testing.assert_close(
+        torch.cat(list(block.attention_maps(z)), 2), reference_maps(x[:, None], w, shape)
+    )
+    energy = mlp_energy(block, x[:, None], parts)
 
     order = [i for part in parts for i in part]
     moved = permute_block(w, LLAMA, base_of(shape), shape.head_dim, order, None)

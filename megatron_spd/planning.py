@@ -1,0 +1,185 @@
+"""From a sensitivity measurement to a plan: which points are dropped, and how their blocks are recovered.
+
+Called by the commands and by ``run`` on all ranks, like ``stages.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_spd.calibration.stream import BlockStreamer, UnitVariants
+from megatron_spd.config import SelectionOptions
+from megatron_spd.errors import UserError
+from megatron_spd.plan import BaseModel, SPDPlan
+from megatron_spd.progress import progress_bar
+from megatron_spd.runtime.distributed import Runtime
+from megatron_spd.sensitivity.measure import SetMeasurer
+from megatron_spd.sensitivity.search import Search, SearchResult
+from megatron_spd.sensitivity.tiers import (
+    Thresholds,
+    block_tiers,
+    choose_points,
+    drop_count,
+    find_thresholds,
+    points_up_to,
+    points_within_budget,
+    scores_from,
+)
+
+#: Share of the points that is dropped where the user gives no number and any point may be.
+DEFAULT_RATIO = 0.5
+
+#: How a block of each tier is recovered (method section 2); ISB, SB, ESB.
+_RECOVERY: dict[str, dict[str, str]] = {
+    "zs": {"ISB": "zs", "SB": "zs", "ESB": "zs"},
+    "paper": {"ISB": "zs", "SB": "b2b", "ESB": "hg+b2b"},
+    "grouped": {"ISB": "grouped", "SB": "grouped", "ESB": "grouped"},
+    "full": {"ISB": "grouped", "SB": "grouped+b2b", "ESB": "grouped+b2b"},
+}
+
+
+@dataclass(frozen=True)
+class SetSearch:
+    """The schedule search over real measurements; ``state``: file in which they are kept. Calls are collectives."""
+
+    runtime: Runtime
+    measurer: SetMeasurer
+    budget: int
+    state: Path | None
+    identity: str
+
+    def run(
+        self, scores: Mapping[int, float], plain: float, task: Callable[[Search], SearchResult]
+    ) -> SearchResult:
+        """The result of ``task`` on a search that starts from ``scores`` (point -> rise over ``plain``). It runs on the
+        main rank; the others measure along with it. Its own text may be another than that of the scores: they are
+        taken relative to the plain perplexity."""
+        runtime, measurer = self.runtime, self.measurer
+        if not runtime.is_main:
+            while (points := runtime.from_main(None)) is not None:
+                measurer(points)
+            return runtime.from_main(None)
+
+        def measure(points: Sequence[int]) -> float:
+            return measurer(runtime.from_main(tuple(points)))
+
+        try:
+            with progress_bar(runtime, "search", self.budget, "set") as bar:
+                own = measure(())
+                scaled = {point: score * own / plain for point, score in scores.items()}
+                search = Search(
+                    scaled, measure, own, self.budget, self.state, self.identity, lambda _: bar.update()
+                )
+                result = task(search)
+        finally:
+            runtime.from_main(None)
+        return runtime.from_main(result)
+
+
+def make_search(
+    streamer: BlockStreamer,
+    branches: int,
+    variants: UnitVariants,
+    tokens: Tensor,
+    budget: int,
+    state: Path | None,
+    grouping: str,
+) -> SetSearch:
+    """A search whose sets are measured on ``tokens`` [n, s] with ``variants``; ``grouping`` says how those are made."""
+    dense = SPDPlan.dense(streamer.reader.base_model(), branches)
+    facts = [dense.base_model.fingerprint, branches, str(streamer.dtype), grouping]
+    identity = hashlib.sha256(json.dumps(facts).encode() + tokens.numpy().tobytes()).hexdigest()
+    measurer = SetMeasurer(streamer, variants, dense, tokens)
+    return SetSearch(streamer.runtime, measurer, budget, state, identity)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen plan, the thresholds of its tiers, and what the search measured on the way (JSON-able; None without)."""
+
+    plan: SPDPlan
+    thresholds: Thresholds
+    search: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "plan": self.plan.to_dict(),
+            "thresholds": dataclasses.asdict(self.thresholds),
+            "search": self.search,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Choice:
+        return cls(SPDPlan.from_dict(raw["plan"]), Thresholds(**raw["thresholds"]), raw["search"])
+
+
+def choose_plan(
+    base: BaseModel,
+    branches: int,
+    sensitivity: Mapping[str, Any],
+    options: SelectionOptions,
+    name: str,
+    search: SetSearch | None = None,
+) -> Choice:
+    """The plan that ``options`` make of a sensitivity measurement.
+
+    Points: a ratio or count of the least sensitive ones, or a perplexity budget; if none is given, half of all points,
+    or, of attention points, all but the extremely sensitive. With ``search`` the set is the best that was measured,
+    without it the one that the single scores predict. Raises UserError if the measurement is of another model or G, or
+    lacks scores.
+    """
+    _check_measurement(base, branches, sensitivity, name)
+    scores = scores_from(sensitivity, options.sync_points)
+    if options.tau1 is not None and options.tau2 is not None:
+        thresholds = Thresholds(options.tau1, options.tau2)
+    else:
+        thresholds = find_thresholds(scores)
+    plain, percent = sensitivity["plain_perplexity"], options.max_perplexity_increase
+    count = _count(scores, options, thresholds)
+    found: SearchResult | None = None
+    if search is not None and percent is not None:
+        limit = percent
+        found = search.run(scores, plain, lambda s: s.largest_within(limit))
+    elif search is not None:
+        found = search.run(scores, plain, lambda s: s.best_of_size(count))
+    if found is not None:
+        dropped = list(found.points)
+    elif percent is not None:
+        dropped = points_within_budget(scores, plain, percent, options.sync_points != "attention")
+    else:
+        dropped = choose_points(scores, count, options.sync_points != "attention")
+    plan = SPDPlan.dense(base, branches).with_drops(dropped)
+    for block, tier in block_tiers(scores, dropped, thresholds).items():
+        plan = plan.with_block(block, tier=tier, recovery=_RECOVERY[options.recovery][tier])
+    return Choice(plan, thresholds, None if found is None else dataclasses.asdict(found))
+
+
+def _check_measurement(base: BaseModel, branches: int, sensitivity: Mapping[str, Any], name: str) -> None:
+    base.check_branches(branches)
+    if sensitivity.get("fingerprint") not in (None, base.fingerprint):
+        raise UserError(
+            f"the sensitivity file is of another model than {name}; measure again with `megatron-spd sensitivity`"
+        )
+    if sensitivity["branches"] != branches:
+        raise UserError(
+            f"the sensitivity file was measured with G = {sensitivity['branches']}, not G = {branches}; measure again"
+        )
+
+
+def _count(scores: Mapping[int, float], options: SelectionOptions, thresholds: Thresholds) -> int:
+    """How many points to drop."""
+    if options.drop_count is not None:
+        return options.drop_count
+    if options.drop_ratio is not None:
+        return drop_count(len(scores), options.drop_ratio)
+    if options.sync_points == "attention":
+        return len(points_up_to(scores, thresholds.tau2))
+    return drop_count(len(scores), DEFAULT_RATIO)

@@ -1,0 +1,83 @@
+"""Perplexity of whole sets of dropped points, from the hidden states that sets have in common.
+
+Two sets compute the same up to the first block in which they differ. The states in front of every synced block of the
+last few sets are kept, and a new set starts from the deepest state that it shares with one of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_spd.calibration.stream import BlockStreamer, UnitVariants
+from megatron_spd.plan import SPDPlan
+
+#: Sets whose states are kept: the one that a search stands at, and neighbours of it.
+_TRACES = 3
+
+#: First block, and dropped points, of each unit of a set.
+_Units = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Trace:
+    """A measured set: its units, and the states in front of the blocks at which nothing is pending."""
+
+    units: _Units
+    states: dict[int, list[Tensor]]
+
+    def shared(self, units: _Units) -> int:
+        """The last block in front of which this set and ``units`` have the same state."""
+        differing = set(self.units) ^ set(units)
+        return min((start for start, _ in differing), default=max(self.states))
+
+
+class SetMeasurer:
+    """Perplexity of ``tokens`` [n, s] with exactly the given points dropped. Calls are collectives."""
+
+    def __init__(
+        self, streamer: BlockStreamer, variants: UnitVariants, dense: SPDPlan, tokens: Tensor
+    ) -> None:
+        """``dense``: the plan that drops nothing; ``variants``: weights and schedules of units."""
+        self._streamer, self._variants, self._dense, self._tokens = streamer, variants, dense, tokens
+        plain = _Trace((), {0: streamer.embed(tokens)})
+        self._traces: deque[_Trace] = deque([plain], maxlen=_TRACES)
+
+    def __call__(self, points: Sequence[int]) -> float:
+        plan = self._dense.with_drops(points)
+        dropped = set(plan.dropped)
+        units: _Units = tuple(
+            (u.start, tuple(sorted(dropped & set(range(2 * u.start, 2 * u.stop))))) for u in plan.units()
+        )
+        trace = max(self._traces, key=lambda t: t.shared(units))
+        first = trace.shared(units)
+        states = {block: x for block, x in trace.states.items() if block <= first}
+        x = self._run(max(states), dict(units), states)
+        # The trace that was built upon is the set that a search stands at: it outlives rejected neighbours.
+        self._traces.remove(trace)
+        self._traces.extend([_Trace(units, states), trace])
+        return self._streamer.perplexity(x, self._tokens)[0]
+
+    def _run(
+        self, block: int, units: dict[int, tuple[int, ...]], states: dict[int, list[Tensor]]
+    ) -> list[Tensor]:
+        """From the state in front of ``block`` to the end; adds the states on the way."""
+        x = states[block]
+        while block < self._dense.num_layers:
+            if block not in units:
+                x = self._streamer.advance(block, x)
+                block += 1
+            else:
+                x, block = self._unit(block, units[block], x)
+            states[block] = x
+        return x
+
+    def _unit(self, block: int, points: tuple[int, ...], x: list[Tensor]) -> tuple[list[Tensor], int]:
+        pending: list[Tensor | None] = [None] * len(x)
+        for number, variant in self._variants(points).items():
+            x, pending = self._streamer.advance_pending(number, variant.schedule, x, pending, variant.own)
+            block = number + 1
+        return x, block
