@@ -37,7 +37,7 @@ from megatron_spd.evaluate.folders import check_same_vocabulary, measure_folders
 from megatron_spd.evaluate.tasks import load_tasks, task_names
 from megatron_spd.files import write_text_atomic
 from megatron_spd.plan import SPDPlan
-from megatron_spd.planning import SetSearch, choose_plan, make_search
+from megatron_spd.planning import SetSearch, choose_plan, make_search, read_scores
 from megatron_spd.report.evaluation import evaluation_text
 from megatron_spd.report.plots import plot_sensitivity
 from megatron_spd.report.tables import dropped_in_words, sensitivity_table, summary_table
@@ -72,7 +72,15 @@ def sensitivity(options: SensitivityOptions) -> dict[str, Any]:
     variants, order = measured_variants(streamer, options.branches, options, options.grouped)
     order += "" if plan is None else plan.to_json()
     result = sweep(
-        streamer, tokens, options.branches, options.method, options.sync_points, unfinished, order, variants
+        streamer,
+        tokens,
+        options.branches,
+        options.method,
+        options.sync_points,
+        unfinished,
+        order,
+        variants,
+        options.measure or ("kl" if options.grouped else "perplexity"),
     )
     result |= {"fingerprint": base.fingerprint, "model": options.model, "data": options.data or "embedded"}
     result |= {"grouped": options.grouped}
@@ -94,20 +102,22 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     """See PlanOptions."""
     reader = _plain_model(options.model)
     measured = _read_sensitivity(options.sensitivity)
+    base = reader.base_model()
     out = _output_file(options.out)
-    runtime = initialize()
-    search = None
-    if options.sets_to_measure:
-        stages.check_ranks(reader.base_model(), options.ranks, options.branches)
-        search = _make_search(reader, runtime, options, out.with_name(out.name + ".search.json"))
     try:
-        choice = choose_plan(reader.base_model(), options.branches, measured, options, options.model, search)
+        read_scores(base, options.branches, measured, options, options.model)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{options.sensitivity} is not a sensitivity file ({error!r}); make one with `megatron-spd sensitivity`"
         ) from None
+    stages.check_ranks(base, options.ranks, options.branches)
+    runtime = initialize()
+    search = None
+    if options.sets_to_measure:
+        search = _make_search(reader, runtime, options, out.with_name(out.name + ".search.json"))
+    choice = choose_plan(base, options.branches, measured, options, options.model, search)
     thresholds = dataclasses.asdict(choice.thresholds)
     made = choice.plan.with_provenance(
         sensitivity={k: measured.get(k) for k in ("data", "tokens", "method", "plain_perplexity", "grouped")},
@@ -182,12 +192,12 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     reader = _plain_model(options.model)
     given = stages.load_plan(options.plan, reader)
     runtime = _distillation_runtime(options, given.branches)
-    tokens = stages.calibration_tokens(reader, options)
+    text = stages.TrainingText.of(reader, options, options.sequences, options.finish_sequences)
     seconds = None if options.max_minutes is None else options.max_minutes * 60
     folder = Path(options.out)
     calibrated = _calibrated_folder(options.calibrated, given)
     mark = "" if calibrated is None else (calibrated / "identity").read_text(encoding="utf-8")
-    stores = stages.training_stores(options, given, tokens, folder, runtime, mark)
+    stores = stages.training_stores(options, given, text, folder, runtime, mark)
     with Tracker(options.tracking, folder, runtime.is_main) as tracker:
         tracker.config(dataclasses.asdict(options))
         tracker.plan_artifact(options.plan)
@@ -195,7 +205,7 @@ def distill(options: DistillOptions) -> dict[str, Any]:
             reader,
             runtime,
             given,
-            tokens,
+            text,
             options,
             stores,
             tracker,

@@ -40,6 +40,7 @@ LIMITS: dict[str, tuple[float, float | None]] = {
     "max_minutes": (0, None),
     "distill_tokens": (1, None),
     "finish_tokens": (1, None),
+    "finish_sequences": (2, None),
     "search_budget": (0, None),
     "calibration_sequences": (2, None),
 }
@@ -184,12 +185,16 @@ class TrainingOptions(CommonOptions):
     distill_tokens: int | None = _option(
         "training tokens that each unit sees at most, instead of --epochs", None
     )
-    finish: Literal["none", "vectors", "blocks"] = _option(
-        "last pass, on the plain model's logits: all parameters of blocks with drops, or their norms and shifts",
-        "none",
+    finish: Literal["none", "vectors", "blocks"] | None = _option(
+        "last pass, on the plain model's logits: all parameters of blocks with drops, or their norms and shifts; "
+        "default: blocks where run recovers fully, else none",
+        None,
     )
     finish_tokens: int | None = _option(
         "training tokens of the last pass at most; default: the pieces once", None
+    )
+    finish_sequences: int | None = _option(
+        "pieces of the text for the last pass, from its start; default: those of distillation", None
     )
     finish_learning_rate: float = _option("greatest learning rate of the last pass", 1e-4)
     finish_recompute: bool = _option(
@@ -212,6 +217,8 @@ class TrainingOptions(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.finish is None:
+            self.finish = "blocks" if getattr(self, "recovery", None) == "full" else "none"
         for name in ("learning_rate", "finish_learning_rate"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}; it must be > 0")
@@ -240,6 +247,11 @@ class SensitivityOptions(ModelOptions, RankOptions, GroupingOptions):
     sync_points: SyncPoints = _option("the points measured alone", "any")
     plan: str | None = _option("plan whose head grouping is applied while measuring", None)
     grouped: bool = _option("measure with every dropped point's blocks grouped and compensated", False)
+    measure: Literal["perplexity", "kl"] | None = _option(
+        "perplexity: the paper's; kl: the perplexity that the divergence from the plain model's predictions stands "
+        "for, with far less noise; default: kl with --grouped, else perplexity",
+        None,
+    )
     dtype: DType = _option("type of weights and activations", "fp32")
 
 
@@ -358,7 +370,9 @@ class CurveOptions(ModelOptions, RankOptions, GroupingOptions, TrainingOptions):
     """Perplexity and accuracy against the share of dropped sync points; a curve that was stopped goes on."""
 
     branches: int = _option("branches of the SPD model (G)")
-    out: str = _option("folder for the curve: curve.json, curve.png, a table, and the weights that were trained")
+    out: str = _option(
+        "folder for the curve: curve.json, curve.png, a table, and the weights that were trained"
+    )
     sync_points: SyncPoints = _option("the sync points that may be dropped (attention: the paper)", "any")
     ratios: str = _option(
         "shares of the points that may be dropped which are dropped, with commas between",
@@ -387,7 +401,9 @@ class CurveOptions(ModelOptions, RankOptions, GroupingOptions, TrainingOptions):
         "norms and shifts",
         "blocks",
     )
-    tracking: Literal["wandb", "none"] = _option("Weights & Biases (offline unless configured) or none", "none")
+    tracking: Literal["wandb", "none"] = _option(
+        "Weights & Biases (offline unless configured) or none", "none"
+    )
     max_minutes: float | None = _option(
         "cut training short so that it takes about this long at each ratio; half of it is for the variant finish",
         None,
@@ -428,7 +444,9 @@ class CurveOptions(ModelOptions, RankOptions, GroupingOptions, TrainingOptions):
     @property
     def task_variant_names(self) -> list[str]:
         """The variants whose accuracy is measured; none without ``--tasks``."""
-        return [] if self.tasks is None else [n for n in self.variant_names if n in _parts(self.task_variants)]
+        return (
+            [] if self.tasks is None else [n for n in self.variant_names if n in _parts(self.task_variants)]
+        )
 
 
 COMMANDS: dict[str, type[CommonOptions]] = {

@@ -38,6 +38,7 @@ from megatron_spd.report.run import write_report
 from megatron_spd.run_folder import RunFolder
 from megatron_spd.runtime.distributed import Runtime
 from megatron_spd.sensitivity.sweep import Method, sweep
+from megatron_spd.stages import TrainingText
 
 PROMPT = "The most important thing about a network of computers is"
 _SAMPLE_TOKENS = 40
@@ -61,19 +62,20 @@ def run_pipeline(reader: CheckpointReader, runtime: Runtime, options: RunOptions
     tokens, training, scoring = _texts(reader, options)
     if options.recovery in ("paper", "full"):
         # Here, before hours of measuring.
-        stages.distill_settings(options, None).check_amount(training, runtime.dp_size)
-    folder = RunFolder(Path(options.out), _identity(reader, options, tokens, training, scoring), runtime)
+        training.check(options, runtime.dp_size)
+    identity = _identity(reader, options, tokens, training.units, training.finish, scoring)
+    folder = RunFolder(Path(options.out), identity, runtime)
     with Tracker(options.tracking, folder.folder, runtime.is_main) as tracker:
         tracker.config(dataclasses.asdict(options))
         return _Pipeline(reader, runtime, options, folder, tracker, started).run(tokens, training, scoring)
 
 
-def _texts(reader: CheckpointReader, options: RunOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Pieces to measure sensitivity on, to distil on, and to score on; the last are disjoint from the others."""
+def _texts(reader: CheckpointReader, options: RunOptions) -> tuple[Tensor, TrainingText, Tensor]:
+    """Pieces to measure sensitivity on, to train on, and to score on; the last are disjoint from the others."""
     tokens = stages.calibration_tokens(reader, options)
-    training = stages.calibration_tokens(reader, options, options.distill_sequences)
+    training = TrainingText.of(reader, options, options.distill_sequences, options.finish_sequences)
     measured = options.sequences + (options.calibration_sequences if options.grouped else 0)
-    used = 0 if options.eval_data else max(measured, options.distill_sequences)
+    used = 0 if options.eval_data else max(measured, len(training))
     scored = dataclasses.replace(options, data=options.eval_data or options.data)
     return tokens, training, stages.calibration_tokens(reader, scored, options.eval_sequences, used)
 
@@ -101,7 +103,7 @@ class _Pipeline:
         self.path = folder.folder
         self._variants: tuple[UnitVariants, str] | None = None
 
-    def run(self, tokens: Tensor, training: Tensor, scoring: Tensor) -> dict[str, Any]:
+    def run(self, tokens: Tensor, training: TrainingText, scoring: Tensor) -> dict[str, Any]:
         """Run what is not finished; returns and keeps the results."""
         folder, base = self.folder, self.reader.base_model()
         measured = folder.stage("sensitivity", lambda: self._sensitivity(tokens))
@@ -142,7 +144,12 @@ class _Pipeline:
         return self._finish(results)
 
     def _signed(
-        self, plan: SPDPlan, choice: Choice, tokens: Tensor, training: Tensor, losses: dict[str, list[float]]
+        self,
+        plan: SPDPlan,
+        choice: Choice,
+        tokens: Tensor,
+        training: TrainingText,
+        losses: dict[str, list[float]],
     ) -> SPDPlan:
         """The plan with what it was made from."""
         figures = {
@@ -189,6 +196,7 @@ class _Pipeline:
             self.path / "sensitivity.unfinished",
             grouping,
             variants,
+            "kl" if self.options.grouped else "perplexity",
         )
         return result | {"fingerprint": self.reader.fingerprint(), "grouped": self.options.grouped}
 
@@ -253,18 +261,18 @@ class _Pipeline:
     def _calibrated(self, plan: SPDPlan) -> BlockWeights:
         return stages.final_weights(self.reader, plan, calibrated=self.path / "calibrated")
 
-    def _train(self, plan: SPDPlan, tokens: Tensor) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    def _train(self, plan: SPDPlan, text: TrainingText) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         """Distillation and the finishing pass; nothing where the recovery asks for neither."""
         if self.options.recovery not in ("paper", "full"):
             return [], None
         stores = stages.training_stores(
-            self.options, plan, tokens, self.path, self.runtime, "calibrated" if self.options.grouped else ""
+            self.options, plan, text, self.path, self.runtime, "calibrated" if self.options.grouped else ""
         )
         return stages.run_training(
             self.reader,
             self.runtime,
             plan,
-            tokens,
+            text,
             self.options,
             stores,
             self.tracker,
@@ -296,13 +304,13 @@ class _Pipeline:
             "spd": generate_text(self.path / "export", PROMPT, _SAMPLE_TOKENS),
         }
 
-    def _protocol(self, tokens: Tensor, training: Tensor, scoring: Tensor) -> str:
+    def _protocol(self, tokens: Tensor, training: TrainingText, scoring: Tensor) -> str:
         o = self.options
         calibration = o.data or "embedded text"
         scored = o.eval_data or f"{calibration}, pieces after those"
         return (
             f"Sensitivity on the first {len(tokens)} pieces of {tokens.shape[1]} tokens of {calibration}, "
-            f"distillation on its first {len(training)}; scored on {len(scoring)} pieces of {scored}. Every piece "
+            f"training on its first {len(training)}; scored on {len(scoring)} pieces of {scored}. Every piece "
             "stands alone and is scored from its second token. All-reduces and bytes count the blocks' sync points, "
             "for each token and rank."
         )

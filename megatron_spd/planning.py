@@ -57,12 +57,17 @@ class SetSearch:
     identity: str
 
     def run(
-        self, scores: Mapping[int, float], plain: float, task: Callable[[Search], SearchResult]
+        self,
+        scores: Mapping[int, float],
+        plain: float,
+        task: Callable[[Search], SearchResult],
+        confirm: bool = False,
     ) -> SearchResult:
         """The result of ``task`` on a search that starts from ``scores`` (point -> rise over ``plain``). It runs on the
         main rank; the others measure along with it. Its own text may be another than that of the scores: they are
-        taken relative to the plain perplexity."""
-        runtime, measurer = self.runtime, self.measurer
+        taken relative to the plain perplexity. ``confirm``: the perplexity itself has to keep a limit too."""
+        runtime = self.runtime
+        measurer = self.measurer.with_perplexity if confirm else self.measurer
         if not runtime.is_main:
             while (points := runtime.from_main(None)) is not None:
                 measurer(points)
@@ -75,8 +80,10 @@ class SetSearch:
             with progress_bar(runtime, "search", self.budget, "set") as bar:
                 own = measure(())
                 scaled = {point: score * own / plain for point, score in scores.items()}
+                # Confirmed figures are others: they have a file of their own.
+                state = self.state.with_suffix(".limit.json") if confirm and self.state else self.state
                 search = Search(
-                    scaled, measure, own, self.budget, self.state, self.identity, lambda _: bar.update()
+                    scaled, measure, own, self.budget, state, self.identity, lambda _: bar.update()
                 )
                 result = task(search)
         finally:
@@ -95,7 +102,7 @@ def make_search(
 ) -> SetSearch:
     """A search whose sets are measured on ``tokens`` [n, s] with ``variants``; ``grouping`` says how those are made."""
     dense = SPDPlan.dense(streamer.reader.base_model(), branches)
-    facts = [dense.base_model.fingerprint, branches, str(streamer.dtype), grouping]
+    facts = [dense.base_model.fingerprint, branches, str(streamer.dtype), grouping, "kl"]
     identity = hashlib.sha256(json.dumps(facts).encode() + tokens.numpy().tobytes()).hexdigest()
     measurer = SetMeasurer(streamer, variants, dense, tokens)
     return SetSearch(streamer.runtime, measurer, budget, state, identity)
@@ -136,18 +143,12 @@ def choose_plan(
     without it the one that the single scores predict. Raises UserError if the measurement is of another model or G, or
     lacks scores.
     """
-    _check_measurement(base, branches, sensitivity, name)
-    scores = scores_from(sensitivity, options.sync_points)
-    if options.tau1 is not None and options.tau2 is not None:
-        thresholds = Thresholds(options.tau1, options.tau2)
-    else:
-        thresholds = find_thresholds(scores)
+    scores, thresholds, count = read_scores(base, branches, sensitivity, options, name)
     plain, percent = sensitivity["plain_perplexity"], options.max_perplexity_increase
-    count = _count(scores, options, thresholds)
     found: SearchResult | None = None
     if search is not None and percent is not None:
         limit = percent
-        found = search.run(scores, plain, lambda s: s.largest_within(limit))
+        found = search.run(scores, plain, lambda s: s.largest_within(limit), confirm=True)
     elif search is not None:
         found = search.run(scores, plain, lambda s: s.best_of_size(count))
     if found is not None:
@@ -160,6 +161,26 @@ def choose_plan(
     for block, tier in block_tiers(scores, dropped, thresholds).items():
         plan = plan.with_block(block, tier=tier, recovery=_RECOVERY[options.recovery][tier])
     return Choice(plan, thresholds, None if found is None else dataclasses.asdict(found))
+
+
+def read_scores(
+    base: BaseModel, branches: int, sensitivity: Mapping[str, Any], options: SelectionOptions, name: str
+) -> tuple[dict[int, float], Thresholds, int]:
+    """The scores that ``options`` choose by, the thresholds of the tiers, and how many points a ratio or count drops.
+
+    Raises UserError as :func:`choose_plan` does, and ValueError, KeyError or TypeError for what is no measurement:
+    before a search, whose sets take long to measure.
+    """
+    _check_measurement(base, branches, sensitivity, name)
+    scores = scores_from(sensitivity, options.sync_points)
+    if options.tau1 is not None and options.tau2 is not None:
+        thresholds = Thresholds(options.tau1, options.tau2)
+    else:
+        thresholds = find_thresholds(scores)
+    count = _count(scores, options, thresholds)
+    if count > len(scores):
+        raise UserError(f"{count} sync points to drop; the sensitivities cover {len(scores)}")
+    return scores, thresholds, count
 
 
 def _check_measurement(base: BaseModel, branches: int, sensitivity: Mapping[str, Any], name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def finish_folder(distilled: Path) -> Path:
 def distill_settings(options: TrainingOptions, max_seconds: float | None) -> DistillSettings:
     """The recipe's settings from the command's options. ``max_seconds``: for all training; half of it is for units
     where a finishing pass follows, which may take what they leave."""
-    if max_seconds is not None and options.finish != "none":
+    if max_seconds is not None and options.finish not in (None, "none"):
         max_seconds /= 2
     return DistillSettings(
         _engine_settings(options, options.learning_rate),
@@ -156,7 +157,8 @@ def distill_settings(options: TrainingOptions, max_seconds: float | None) -> Dis
 def finish_settings(options: TrainingOptions, max_seconds: float | None) -> FinishSettings | None:
     """The finishing pass's settings from the command's options, None for ``--finish none``. ``max_seconds``: what
     is left for it. One pass over the training pieces unless ``--finish-tokens`` says otherwise."""
-    if options.finish == "none":
+    which = options.finish
+    if which is None or which == "none":
         return None
     return FinishSettings(
         _engine_settings(options, options.finish_learning_rate),
@@ -164,7 +166,7 @@ def finish_settings(options: TrainingOptions, max_seconds: float | None) -> Fini
         options.finish_tokens,
         seed=options.seed,
         max_seconds=max_seconds,
-        which=options.finish,
+        which=which,
         recompute=options.finish_recompute,
     )
 
@@ -183,22 +185,53 @@ def _engine_settings(options: TrainingOptions, learning_rate: float) -> EngineSe
     )
 
 
+@dataclass(frozen=True)
+class TrainingText:
+    """Pieces [n, s] to distil units on, and for the finishing pass."""
+
+    units: Tensor
+    finish: Tensor
+
+    @classmethod
+    def of(
+        cls, reader: CheckpointReader, options: DataOptions, pieces: int, finishing: int | None
+    ) -> TrainingText:
+        """The first ``pieces`` and ``finishing`` (None: as many) pieces of ``--data``."""
+        whole = calibration_tokens(reader, options, max(pieces, finishing or pieces))
+        return cls(whole[:pieces], whole[: finishing or pieces])
+
+    def check(self, options: TrainingOptions, replicas: int) -> None:
+        """Raise UserError unless the pieces are enough for ``options``."""
+        distill_settings(options, None).check_amount(self.units, replicas)
+        finishing = finish_settings(options, None)
+        if finishing is not None:
+            finishing.check_amount(self.finish, replicas)
+
+    def __len__(self) -> int:
+        return max(len(self.units), len(self.finish))
+
+
 def training_stores(
-    options: TrainingOptions, plan: SPDPlan, tokens: Tensor, folder: Path, runtime: Runtime, initial: str = ""
+    options: TrainingOptions,
+    plan: SPDPlan,
+    text: TrainingText,
+    folder: Path,
+    runtime: Runtime,
+    initial: str = "",
 ) -> tuple[UnitStore, FinishStore | None]:
     """The folders ``distill`` and, with ``--finish``, ``finish`` below ``folder`` for the training of ``plan`` on
-    ``tokens``, after a check that these are enough. ``initial``: a name or hash of the weights that students start
+    ``text``, after a check that it is enough. ``initial``: a name or hash of the weights that students start
     from, where the plan does not say it all. Raises UserError for too little text and if a folder holds another
     training."""
+    text.check(options, runtime.dp_size)
     settings, finishing = distill_settings(options, None), finish_settings(options, None)
-    for each in filter(None, (settings, finishing)):
-        each.check_amount(tokens, runtime.dp_size)
+    tokens = text.units
     identity = settings.identity(plan, tokens, initial)
     units = UnitStore(folder / "distill", identity, runtime)
     if finishing is None:
         return units, None
     return units, FinishStore(
-        finish_folder(units.folder), finishing.identity(plan, tokens, identity), runtime
+        finish_folder(units.folder), finishing.identity(plan, text.finish, identity), runtime
     )
 
 
@@ -206,7 +239,7 @@ def run_training(
     reader: CheckpointReader,
     runtime: Runtime,
     plan: SPDPlan,
-    tokens: Tensor,
+    text: TrainingText,
     options: TrainingOptions,
     stores: tuple[UnitStore, FinishStore | None],
     tracker: Tracker,
@@ -220,14 +253,14 @@ def run_training(
     initial = initial or final_weights(reader, plan)
     units, finished = stores
     settings = distill_settings(options, seconds)
-    records = run_distillation(reader, runtime, plan, tokens, settings, units, tracker, initial)
+    records = run_distillation(reader, runtime, plan, text.units, settings, units, tracker, initial)
     left = None if seconds is None else max(0.0, seconds - (time.monotonic() - started))
     finishing = finish_settings(options, left)
     if finished is None or finishing is None:
         return records, None
     weights = trained_weights([units.folder], initial)
     teacher = _teacher(reader, runtime, finishing.engine)
-    return records, finish(teacher, plan, tokens, finishing, finished, tracker, weights)
+    return records, finish(teacher, plan, text.finish, finishing, finished, tracker, weights)
 
 
 def run_distillation(

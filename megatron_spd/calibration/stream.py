@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_spd.calibration.scoring import OutputLayer
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.comm.all_reduce import all_reduce
 from megatron_spd.errors import UserError
@@ -24,10 +25,6 @@ from megatron_spd.plan import BlockSchedule
 from megatron_spd.runtime.distributed import Runtime
 
 BlockWeights = Callable[[int], Mapping[str, Tensor]]
-
-#: Token positions and vocabulary entries whose logits are computed at a time: large enough for the matrix multiply,
-#: small enough for a core's cache (whole logits of SmolLM2 take half as long again to score).
-_SCORE_ROWS, _SCORE_COLUMNS = 512, 1024
 
 #: Tokens at a time for each thread without a GPU: more of them leave the cache and are slower by up to a fifth.
 _CPU_TOKENS = 512
@@ -99,7 +96,7 @@ class BlockStreamer:
         self._block: int | None = None
         self._shard: Mapping[str, Tensor] = {}
         self._state: dict[str, Tensor] = {}
-        self._head: tuple[Tensor, Tensor] | None = None
+        self._head: OutputLayer | None = None
 
     @property
     def num_layers(self) -> int:
@@ -184,14 +181,37 @@ class BlockStreamer:
         ``stream``: what stands behind the last block for ``tokens`` [n, s]. Every sequence is scored on its own from
         its second token. Positions are shared out over the ranks. Raises UserError if a sum is not finite.
         """
+        batches = tokens.split([x.shape[1] for x in stream])
+
+        def score(index: int, mine: slice) -> Tensor:
+            targets = batches[index][:, 1:].reshape(-1).to(self.runtime.device)
+            return self._output_layer().negative_log_likelihood(_scored(stream[index])[mine], targets[mine])
+
+        return self._sequence_sums(stream, score)
+
+    @torch.no_grad()
+    def sequence_kl(self, stream: Sequence[Tensor], plain: Sequence[Tensor]) -> Tensor:
+        """Sum of KL(plain || stream), in nats, over the predictions that :meth:`sequence_nll` scores: float64 [n].
+
+        ``plain``: the plain model's stream behind the last block. Raises as :meth:`sequence_nll`.
+        """
+
+        def score(index: int, mine: slice) -> Tensor:
+            rows, reference = (_scored(states[index])[mine] for states in (stream, plain))
+            return self._output_layer().divergence(rows, reference)
+
+        return self._sequence_sums(stream, score)
+
+    def _sequence_sums(self, stream: Sequence[Tensor], score: Callable[[int, slice], Tensor]) -> Tensor:
+        """Sums [n] over each sequence of ``score(batch number, positions) -> [t]``; every rank scores its positions."""
+        rank, ranks = self.runtime.tp_rank, self.runtime.tp_size
         parts = []
-        for x, batch in zip(stream, tokens.split([x.shape[1] for x in stream]), strict=True):
-            rows = x[:-1].transpose(0, 1).reshape(-1, x.shape[-1])
-            targets = batch[:, 1:].reshape(-1).to(rows.device)
-            mine = slice(*(len(rows) * (self.runtime.tp_rank + k) // self.runtime.tp_size for k in (0, 1)))
-            nll = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-            nll[mine] = self._negative_log_likelihood(rows[mine], targets[mine])
-            parts.append(nll.view(len(batch), -1).sum(1))
+        for index, x in enumerate(stream):
+            count = (x.shape[0] - 1) * x.shape[1]
+            mine = slice(count * rank // ranks, count * (rank + 1) // ranks)
+            scores = torch.zeros(count, dtype=torch.float64, device=x.device)
+            scores[mine] = score(index, mine)
+            parts.append(scores.view(x.shape[1], -1).sum(1))
         sums = all_reduce(torch.cat(parts), self.runtime.tp_group).cpu()
         if not bool(sums.isfinite().all()):
             raise UserError(
@@ -206,29 +226,27 @@ class BlockStreamer:
         Raises as :meth:`sequence_nll`.
         """
         count = tokens.numel() - len(tokens)
-        mean = float(self.sequence_nll(stream, tokens).sum()) / count
-        # A ruined schedule on an extreme model may leave the range of exp; it ranks last all the same.
-        return math.exp(min(mean, 700.0)), count
+        return perplexity_of(float(self.sequence_nll(stream, tokens).sum()) / count), count
 
-    def _negative_log_likelihood(self, rows: Tensor, targets: Tensor) -> Tensor:
-        """-log p(targets [t]) given the hidden states ``rows`` [t, h]: float64 [t]."""
-        norm, table = self._output_layer()
-        rows = F.rms_norm(rows, norm.shape, norm, self.reader.config["rms_norm_eps"])
-        parts = []
-        for part, wanted in zip(rows.split(_SCORE_ROWS), targets.split(_SCORE_ROWS), strict=True):
-            logits = (part @ columns.T for columns in table.split(_SCORE_COLUMNS))
-            log_sums = torch.stack([z.float().logsumexp(-1) for z in logits])
-            wanted_logits = (part.float() * table[wanted].float()).sum(-1)
-            parts.append((log_sums.logsumexp(0) - wanted_logits).double())
-        return torch.cat(parts)
-
-    def _output_layer(self) -> tuple[Tensor, Tensor]:
+    def _output_layer(self) -> OutputLayer:
         if self._head is None:
             family = self.reader.family
             name = family.embedding if self.reader.tied else family.output_layer
             norm, table = self.reader.get(family.final_norm), self.reader.get(name)
-            self._head = (
+            self._head = OutputLayer(
                 norm.to(self.runtime.device, self.dtype),
                 table.to(self.runtime.device, self.dtype),
+                self.reader.config["rms_norm_eps"],
             )
         return self._head
+
+
+def perplexity_of(mean: float) -> float:
+    """The perplexity of a mean negative log-likelihood in nats. A ruined schedule on an extreme model may leave the
+    range of exp; it ranks last all the same."""
+    return math.exp(min(mean, 700.0))
+
+
+def _scored(x: Tensor) -> Tensor:
+    """The hidden states [b * (s - 1), h] behind the scored predictions of a micro-batch [s, b, h]."""
+    return x[:-1].transpose(0, 1).reshape(-1, x.shape[-1])

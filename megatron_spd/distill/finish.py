@@ -5,14 +5,15 @@ model says: ``KL(plain || SPD)`` of every prediction, the first one included, in
 blocks in which something is dropped or pending train; the embedding, the final norm and the output layer stay as
 they are.
 
-The plain model's final hidden states are streamed once, block by block, and kept; its logits are made from them
-where they are needed. The student itself is in memory whole: its shard of the weights, and gradients and optimizer
-state of what trains, besides the activations of all blocks (``recompute`` keeps those of one).
+The plain model's final hidden states are streamed some steps ahead, block by block, and kept; its logits are made
+from them where they are needed. The student itself is in memory whole: its shard of the weights, and gradients and
+optimizer state of what trains, besides the activations of all blocks (``recompute`` keeps those of one).
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import time
 from collections.abc import Mapping
@@ -36,8 +37,10 @@ from megatron_spd.distill.units import FinishStore
 from megatron_spd.errors import UserError
 from megatron_spd.models.build import DTYPES, ModelShape, build_gpt_model
 from megatron_spd.plan import SPDPlan
-from megatron_spd.progress import progress_bar
 from megatron_spd.runtime.distributed import Runtime, tensor_parallel_seed
+
+#: Sequences whose answers of the plain model are streamed together, each block read once for all of them.
+_AHEAD = 64
 
 _RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -146,7 +149,8 @@ class _Pass:
         self.steps = self._batches()
         #: This replica's share of what judges.
         self.judges = torch.arange(self.training, len(tokens))[self.runtime.dp_rank :: self.runtime.dp_size]
-        self.states = self._teacher_states()
+        #: Streamed answers of the plain model [s, h] on the CPU, by sequence.
+        self.states: dict[int, Tensor] = {}
         self.names: dict[int, list[str]] = {}
         self.student = self._build(weights)
 
@@ -155,17 +159,26 @@ class _Pass:
         order = example_order(self.training, count, self.settings.seed * 1_000_003 + self.plan.num_layers)
         return replica_batches(order, self.settings, self.runtime.dp_rank, self.runtime.dp_size)
 
-    def _teacher_states(self) -> dict[int, Tensor]:
-        """The plain model's states [s, h] behind its last block on the CPU, of the sequences that this replica
-        uses."""
-        used = torch.cat([self.judges, *(batch for step in self.steps for batch in step)]).unique()
-        stream = self.streamer.embed(self.tokens[used])
-        with progress_bar(self.runtime, "plain model's answers", self.plan.num_layers, "block") as bar:
-            for block in range(self.plan.num_layers):
-                stream = self.streamer.advance(block, stream)
-                bar.update()
+    def _answers(self, sequences: Tensor) -> Tensor:
+        """The plain model's states behind its last block [s, b, h] for ``sequences`` [b] of this replica.
+
+        They are streamed for as many steps ahead as are cheap to keep, so that a pass that time cuts short has not paid
+        for what it never used."""
+        if any(i not in self.states for i in sequences.tolist()):
+            self._stream_ahead(sequences)
+        return torch.stack([self.states[i] for i in sequences.tolist()], 1)
+
+    def _stream_ahead(self, sequences: Tensor) -> None:
+        wanted = dict.fromkeys(i for i in sequences.tolist() if i not in self.states)
+        coming = dict.fromkeys(i for step in self.steps for batch in step for i in batch.tolist())
+        after = itertools.dropwhile(lambda i: i not in wanted, coming)
+        ahead = (i for i in after if i not in self.states)
+        numbers = sorted({*wanted, *itertools.islice(ahead, _AHEAD)})
+        stream = self.streamer.embed(self.tokens[numbers])
+        for block in range(self.plan.num_layers):
+            stream = self.streamer.advance(block, stream)
         rows = (sequence.to("cpu", self.dtype) for x in stream for sequence in x.unbind(1))
-        return dict(zip(used.tolist(), rows, strict=True))
+        self.states |= dict(zip(numbers, rows, strict=True))
 
     def _build(self, weights: BlockWeights) -> _Student:
         reader, shape = self.streamer.reader, self.streamer.shape
@@ -181,6 +194,8 @@ class _Pass:
 
     def run(self, store: FinishStore) -> dict[str, Any]:
         """Train, and leave the best state's blocks in ``store`` if it is not the first; the rest of the record."""
+        if len(self.judges):  # a replica may have nothing to judge
+            self._stream_ahead(self.judges)
         before = self._held_out_kl()
         if not math.isfinite(before):
             raise UserError(
@@ -223,7 +238,7 @@ class _Pass:
 
     def _examples(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
         device = self.runtime.device
-        teacher = torch.stack([self.states[i] for i in sequences.tolist()], 1)
+        teacher = self._answers(sequences)
         return self.tokens[sequences].to(device), teacher.to(device)
 
     @torch.no_grad()

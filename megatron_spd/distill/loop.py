@@ -91,6 +91,8 @@ class TrainingLoop:
                 bar.update()
                 bar.set_postfix_str(f"loss {self.losses[-1]:.4g}")
                 over, due = self._clock(started, judged, seconds)
+                if seconds is not None:
+                    self._fit_schedule(number - done, count - done, started, seconds)
                 if due or number in marks:
                     self._judge(number)
                     judged = time.monotonic()
@@ -106,6 +108,16 @@ class TrainingLoop:
         now = time.monotonic()
         over = now - started > seconds
         return self.runtime.from_main((over, over or now - judged > seconds / EVALUATIONS))
+
+    def _fit_schedule(self, done: int, count: int, started: float, seconds: float) -> None:
+        """Let the learning rate end its way down where time ends the training: ``done`` of at most ``count`` steps of
+        this process took the time since ``started``."""
+        scheduler = self.engine.lr_scheduler
+        if not hasattr(scheduler, "total_num_steps"):
+            return  # a scheduler of the user's own
+        before = len(self.losses) - done
+        possible = int(seconds * done / max(1e-9, time.monotonic() - started))
+        scheduler.total_num_steps = self.runtime.from_main(before + max(done + 1, min(count, possible)))
 
     def _step(self, number: int, batches: list[Tensor]) -> None:
         total = torch.zeros((), device=self.runtime.device)

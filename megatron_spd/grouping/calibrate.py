@@ -33,6 +33,7 @@ from megatron_spd.grouping.joint import GroupLosses, group_heads_and_neurons
 from megatron_spd.grouping.neurons import ReadingCost, WritingCost
 from megatron_spd.grouping.permute import permute_block
 from megatron_spd.grouping.refit import InputFit, InputMoments
+from megatron_spd.grouping.sample import Chunk, Sample, read_inputs, token_rows, with_bias
 from megatron_spd.grouping.shift import MeanDifference, ordinary_tokens
 from megatron_spd.models.family import ModelFamily
 from megatron_spd.plan import BaseModel, BlockSchedule
@@ -56,32 +57,6 @@ class Ingredients:
     shift: bool = True
     norm: bool = True
     refit: bool = True
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Hidden states of some sequences: the dense model's, and X [s, b, h] and P [G, s, b, h] of the unit."""
-
-    dense: Tensor
-    x: Tensor
-    pending: Tensor | None = None
-
-    def branch_inputs(self) -> Tensor:
-        """X + P_g [G, s, b, h], or X [1, s, b, h] where nothing is pending."""
-        return self.x[None] if self.pending is None else self.x + self.pending
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A rank's own sequences in front of a unit: to fit on, and to judge by."""
-
-    fit: list[Chunk]
-    judge: list[Chunk]
-
-    @classmethod
-    def of(cls, fit: Sequence[Tensor], judge: Sequence[Tensor]) -> Sample:
-        """From dense hidden states [s, b, h]."""
-        return cls([Chunk(x, x) for x in fit], [Chunk(x, x) for x in judge])
 
 
 @dataclass
@@ -150,10 +125,10 @@ class UnitCalibrator:
         orders["published"] = self._published_order(dense, sample)
         if self.ingredients.heads == "joint":
             losses = GroupLosses(dense, centred=self.ingredients.shift)
-            for rows in _token_rows(sample.fit, NEURON_TOKENS // self.runtime.world_size):
+            for rows in token_rows(sample.fit, NEURON_TOKENS // self.runtime.world_size):
                 context = dense.context(dense.normed(rows.chunk.dense, "attention")[None])
                 u = rows.chunk.dense + dense.project(context, "self_attn.o_proj")[0]
-                losses.add(rows.select(_biased(u, dense, "attention")), rows.select(context))
+                losses.add(rows.select(with_bias(u, dense, "attention")), rows.select(context))
             tensor = losses.tensor(self.runtime)
             if not np.isfinite(tensor).all():
                 raise UserError(_not_finite(block))
@@ -260,16 +235,17 @@ class _BlockWalk:
         fits, shift = [], None
         if ingredients.shift:
             difference = MeanDifference(self.branches, hidden, device)
-            for rows in _token_rows(sample.fit):
+            for rows in token_rows(sample.fit):
                 difference.add(rows.select(rows.chunk.dense), rows.select(rows.chunk.branch_inputs()))
             shift = difference.mean(self.runtime)
             fits.append(InputFit("shift", shift))
         if ingredients.norm or ingredients.refit:
             moments = InputMoments(self.branches, hidden, device)
-            for rows in _token_rows(sample.fit):
+            for rows in token_rows(sample.fit):
                 z = dense.normed(rows.chunk.dense, sublayer)
                 moments.add(
-                    rows.select(z), rows.select(_read(dense, sublayer, InputFit(shift=shift), rows.chunk))
+                    rows.select(z),
+                    rows.select(read_inputs(dense, sublayer, InputFit(shift=shift), rows.chunk)),
                 )
             moments.reduce(self.runtime)
             if ingredients.norm:
@@ -286,17 +262,16 @@ class _BlockWalk:
         cost = self._writing_cost(dense, sample, share) if drop else None
         if reading:
             reads = ReadingCost(dense, self.branches)
-            for rows in _token_rows(sample.fit, share):
+            for rows in token_rows(sample.fit, share):
                 z = dense.normed(rows.chunk.dense, "mlp")
-                own = rows.select(_read(dense, "mlp", fit, rows.chunk))
+                own = rows.select(read_inputs(dense, "mlp", fit, rows.chunk))
                 if fit.transform is not None:
                     own = own @ fit.transform.transpose(1, 2)
                 reads.add(rows.select(z), own)
             read = reads.cost(self.runtime)
             cost = read if cost is None else read + self._exchange(dense, cost, sample.judge) * cost
-        assert (
-            cost is not None
-        )  # neurons move where the MLP reads a branch's own input, or its point is dropped
+        # Neurons move where the MLP reads a branch's own input, or its point is dropped.
+        assert cost is not None
         if not bool(torch.isfinite(cost).all()):
             raise UserError(_not_finite(self.block))
         order = assign_neurons(cost.cpu().numpy()).order() if self.runtime.is_main else None
@@ -304,7 +279,7 @@ class _BlockWalk:
 
     def _writing_cost(self, dense: BlockFormulas, sample: Sample, tokens: int) -> Tensor:
         cost = WritingCost(dense, self._following(), self.branches)
-        for rows in _token_rows(sample.fit, tokens):
+        for rows in token_rows(sample.fit, tokens):
             z = rows.select(dense.normed(rows.chunk.dense, "mlp"))
             cost.add(dense.activations(z[None]))
         return cost.cost(self.runtime)
@@ -397,15 +372,15 @@ class _BlockWalk:
         key = id(chunk)
         if key not in self._behind:
             z = dense.normed(chunk.dense, sublayer)[None]
-            self._behind[key] = _biased(chunk.dense + dense.partial(sublayer, z).sum(0), dense, sublayer)
+            self._behind[key] = with_bias(chunk.dense + dense.partial(sublayer, z).sum(0), dense, sublayer)
         return self._behind[key]
 
     def _advance(
         self, sublayer: str, dense: BlockFormulas, own: BlockFormulas, fit: InputFit, drop: bool, chunk: Chunk
     ) -> Chunk:
         """One step of the rule beside one of the dense block."""
-        partial = own.partial(sublayer, _read(own, sublayer, fit, chunk))
-        x = _biased(chunk.x, own, sublayer)
+        partial = own.partial(sublayer, read_inputs(own, sublayer, fit, chunk))
+        x = with_bias(chunk.x, own, sublayer)
         pending = partial if chunk.pending is None else chunk.pending + partial
         after = self._dense_after(sublayer, dense, chunk)
         return Chunk(after, x, pending) if drop else Chunk(after, x + pending.sum(0))
@@ -418,43 +393,6 @@ class _Trial:
     name: str
     fit: InputFit
     neuron_order: list[int] | None
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Some tokens of a chunk: ``mask`` [s, b]."""
-
-    chunk: Chunk
-    mask: Tensor
-
-    def select(self, x: Tensor) -> Tensor:
-        """[s, b, h] -> [n, h]; [G, s, b, h] -> [G, n, h]."""
-        return x[:, self.mask] if x.dim() == 4 else x[self.mask]
-
-
-def _token_rows(chunks: Sequence[Chunk], tokens: int | None = None) -> list[_Rows]:
-    """The ordinary tokens of ``chunks``; about ``tokens`` of them, evenly spaced, if given."""
-    rows = [_Rows(chunk, ordinary_tokens(chunk.dense)) for chunk in chunks]
-    have = sum(r.mask.numel() for r in rows)
-    if tokens is None or have <= tokens:
-        return rows
-    return rows[:: -(-have // max(tokens, 1))]
-
-
-def _read(block: BlockFormulas, sublayer: str, fit: InputFit, chunk: Chunk) -> Tensor:
-    """z_g [G or 1, s, b, h]: the rule's reading, without the folded map."""
-    inputs = chunk.branch_inputs()
-    if fit.shift is not None:
-        inputs = inputs + fit.shift[:, None, None]
-    z = block.normed(inputs, sublayer)
-    if fit.norm_weight is not None and fit.norm_bias is not None:
-        z = z * fit.norm_weight[:, None, None] + fit.norm_bias[:, None, None]
-    return z
-
-
-def _biased(x: Tensor, block: BlockFormulas, sublayer: str) -> Tensor:
-    bias = block.output_bias(sublayer)
-    return x if bias is None else x + bias
 
 
 def _not_finite(block: int) -> str:

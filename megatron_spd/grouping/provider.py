@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from megatron_spd.calibration.stream import BlockStreamer, BlockVariant
-from megatron_spd.grouping.calibrate import Sample, UnitCalibrator
+from megatron_spd.grouping.calibrate import UnitCalibrator
+from megatron_spd.grouping.sample import Sample
 from megatron_spd.grouping.walk import DenseStates
 from megatron_spd.models.weights import shard_block
 from megatron_spd.plan import SPDPlan

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megatron_spd.calibration.stream import BlockStreamer
 from megatron_spd.errors import UserError
-from megatron_spd.grouping.calibrate import BlockResult, Sample, UnitCalibrator
+from megatron_spd.grouping.calibrate import BlockResult, UnitCalibrator
+from megatron_spd.grouping.sample import Sample
 from megatron_spd.plan import SPDPlan
 from megatron_spd.progress import progress_bar
 from megatron_spd.runtime.distributed import Runtime

@@ -1,4 +1,4 @@
-"""Perplexity of whole sets of dropped points, from the hidden states that sets have in common.
+"""The damage of whole sets of dropped points, from the hidden states that sets have in common.
 
 Two sets compute the same up to the first block in which they differ. The states in front of every synced block of the
 last few sets are kept, and a new set starts from the deepest state that it shares with one of them.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_spd.calibration.stream import BlockStreamer, UnitVariants
+from megatron_spd.calibration.stream import BlockStreamer, UnitVariants, perplexity_of
 from megatron_spd.plan import SPDPlan
 
 #: Sets whose states are kept: the one that a search stands at, and neighbours of it.
@@ -36,7 +36,12 @@ class _Trace:
 
 
 class SetMeasurer:
-    """Perplexity of ``tokens`` [n, s] with exactly the given points dropped. Calls are collectives."""
+    """Measures ``tokens`` [n, s] with exactly the given points dropped. Calls are collectives.
+
+    Damage is taken as the divergence from the plain model's predictions, KL(plain || SPD), and given as the perplexity
+    that it stands for, plain * exp(KL): what the change of perplexity is in expectation, with a fraction of its noise
+    (on 2000 tokens of SmolLM2 single points "gain" up to 0.8 % of perplexity; a divergence never does).
+    """
 
     def __init__(
         self, streamer: BlockStreamer, variants: UnitVariants, dense: SPDPlan, tokens: Tensor
@@ -44,9 +49,28 @@ class SetMeasurer:
         """``dense``: the plan that drops nothing; ``variants``: weights and schedules of units."""
         self._streamer, self._variants, self._dense, self._tokens = streamer, variants, dense, tokens
         plain = _Trace((), {0: streamer.embed(tokens)})
+        self._plain: tuple[list[Tensor], float] | None = None
         self._traces: deque[_Trace] = deque([plain], maxlen=_TRACES)
 
     def __call__(self, points: Sequence[int]) -> float:
+        """plain perplexity * exp(KL)."""
+        return self._equivalent(self.states(points))
+
+    def with_perplexity(self, points: Sequence[int]) -> float:
+        """The greater of the former and the set's own perplexity, for a limit that both must keep."""
+        stream = self.states(points)
+        return max(self._equivalent(stream), self._streamer.perplexity(stream, self._tokens)[0])
+
+    def _equivalent(self, stream: list[Tensor]) -> float:
+        if self._plain is None:
+            plain = self.states(())
+            self._plain = plain, float(self._streamer.sequence_nll(plain, self._tokens).sum())
+        plain, nll = self._plain
+        kl = float(self._streamer.sequence_kl(stream, plain).sum())
+        return perplexity_of((nll + kl) / (self._tokens.numel() - len(self._tokens)))
+
+    def states(self, points: Sequence[int]) -> list[Tensor]:
+        """The stream behind the last block with exactly ``points`` dropped."""
         plan = self._dense.with_drops(points)
         dropped = set(plan.dropped)
         units: _Units = tuple(
@@ -59,7 +83,7 @@ class SetMeasurer:
         # The trace that was built upon is the set that a search stands at: it outlives rejected neighbours.
         self._traces.remove(trace)
         self._traces.extend([_Trace(units, states), trace])
-        return self._streamer.perplexity(x, self._tokens)[0]
+        return x
 
     def _run(
         self, block: int, units: dict[int, tuple[int, ...]], states: dict[int, list[Tensor]]

@@ -19,12 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_spd.calibration.stream import BlockStreamer, UnitVariants, plain_variants
+from megatron_spd.calibration.stream import BlockStreamer, UnitVariants, perplexity_of, plain_variants
 from megatron_spd.files import write_atomic
 from megatron_spd.progress import progress_bar
 from megatron_spd.sensitivity.tiers import droppable_points
 
 Method = Literal["algorithm1", "single", "both"]
+#: perplexity: the paper's. kl: the perplexity that the divergence from the plain model stands for (see ``measure.py``).
+Measure = Literal["perplexity", "kl"]
 Which = Literal["attention", "mlp", "any"]
 
 #: Seconds between two saves of an unfinished sweep.
@@ -52,6 +54,7 @@ def sweep(
     unfinished: Path | None = None,
     order: str = "",
     variants: UnitVariants | None = None,
+    measure: Measure = "perplexity",
 ) -> dict[str, Any]:
     """Measure the perplexity of ``tokens`` [n, s] under each candidate drop.
 
@@ -80,9 +83,9 @@ def sweep(
             if unfinished is not None and streamer.runtime.from_main(time.monotonic() - saved > _SAVE_EVERY):
                 _save(streamer, state, identity, unfinished)
                 saved = time.monotonic()
-        result = _score(streamer, state, tokens, bar)
+        result = _score(streamer, state, tokens, measure, bar)
     result |= {"branches": branches, "method": method, "sync_points": which, "sequences": len(tokens)}
-    result |= {"seq_length": tokens.shape[1], "num_layers": num_layers}
+    result |= {"seq_length": tokens.shape[1], "num_layers": num_layers, "measure": measure}
     if unfinished is not None and streamer.runtime.is_main:
         unfinished.unlink(missing_ok=True)
     return result
@@ -125,19 +128,27 @@ def _advance(
     state.block += 1
 
 
-def _score(streamer: BlockStreamer, state: _State, tokens: Tensor, bar: Any) -> dict[str, Any]:
+def _score(
+    streamer: BlockStreamer, state: _State, tokens: Tensor, measure: Measure, bar: Any
+) -> dict[str, Any]:
     bar.set_postfix_str("scoring")
     plain, count = streamer.perplexity(state.plain, tokens)
+
+    def score(stream: list[Tensor]) -> float:
+        if measure == "perplexity":
+            return streamer.perplexity(stream, tokens)[0]
+        return plain * perplexity_of(float(streamer.sequence_kl(stream, state.plain).sum()) / count)
+
     bar.reset(total=len(state.algorithm1) + len(state.single))
     algorithm1, single = [], []
     previous = plain
     for block in sorted(state.algorithm1, reverse=True):
-        perplexity, _ = streamer.perplexity(state.algorithm1[block], tokens)
+        perplexity = score(state.algorithm1[block])
         algorithm1.append({"block": block, "perplexity": perplexity, "sensitivity": perplexity - previous})
         previous = perplexity
         bar.update()
     for point in sorted(state.single):
-        perplexity, _ = streamer.perplexity(state.single[point][0], tokens)
+        perplexity = score(state.single[point][0])
         kind = "mlp" if point % 2 else "attention"
         entry = {"point": point, "block": point // 2, "kind": kind, "perplexity": perplexity}
         single.append(entry | {"sensitivity": perplexity - plain})

@@ -18,9 +18,10 @@ from megatron_spd.checkpoint.prepare import prepare
 from megatron_spd.errors import UserError
 from megatron_spd.evaluate.generate import load_for_generation
 from megatron_spd.evaluate.perplexity import plan_perplexity
-from megatron_spd.grouping.calibrate import BlockResult, Ingredients, Sample, UnitCalibrator
+from megatron_spd.grouping.calibrate import BlockResult, Ingredients, UnitCalibrator
 from megatron_spd.grouping.formulas import AttentionSettings
 from megatron_spd.grouping.permute import permute_block
+from megatron_spd.grouping.sample import Sample
 from megatron_spd.grouping.walk import DenseStates, calibrate_plan
 from megatron_spd.models.build import inverse_frequencies
 from megatron_spd.plan import SPDPlan

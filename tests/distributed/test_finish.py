@@ -24,7 +24,7 @@ from megatron_spd.distill.units import FinishStore, trained_block
 from megatron_spd.grouping.permute import planned_weights
 from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import initialize
-from megatron_spd.stages import final_weights, make_streamer, run_training, training_stores
+from megatron_spd.stages import TrainingText, final_weights, make_streamer, run_training, training_stores
 from tests.models import make_llama
 from tests.ranks import run_ranks
 from tests.reference import Shape, blocks_forward, rms_norm
@@ -257,9 +257,10 @@ def trained(model: Path, out: Path) -> tuple[list[dict[str, Any]], Any, list[Ten
     options = DistillOptions(
         model="", plan="", out="", epochs=3, finish="blocks", finish_tokens=96, learning_rate=RATE
     )
-    stores = training_stores(options, plan, tokens, out, runtime)
+    text = TrainingText(tokens, tokens)
+    stores = training_stores(options, plan, text, out, runtime)
     units, last = run_training(
-        reader, runtime, plan, tokens, options, stores, Tracker("none", out), seconds=600.0
+        reader, runtime, plan, text, options, stores, Tracker("none", out), seconds=600.0
     )
     weights = final_weights(reader, plan, out / "distill")
     return units, last, [weights(i)["mlp.down_proj.weight"] for i in range(LAYERS)]

@@ -45,3 +45,30 @@ def test_sums_are_those_of_transformers(tmp_path: Path, ranks: int) -> None:
     assert perplexity == pytest.approx(math.exp(sum(nll) / (5 * 23)), rel=1e-12)
     assert count == 5 * 23
     assert all(result == results[0] for result in results)
+
+
+def diverged(folder: Path, ranks: int) -> list[float]:
+    """KL of the stream behind the last block from the one before it, sequence by sequence."""
+    streamer = make_streamer(CheckpointReader(folder), initialize(ranks), micro_batch=2)
+    x = streamer.embed(tokens())
+    streams = [x]
+    for block in range(streamer.num_layers):
+        streams.append(streamer.advance(block, streams[-1]))
+    return streamer.sequence_kl(streams[-2], streams[-1]).tolist()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_divergences_are_those_of_transformers(tmp_path: Path, ranks: int) -> None:
+    folder = make_llama(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    last = model.model.layers[-1]
+    with torch.no_grad():
+        p = model(tokens()).logits[:, :-1].double().log_softmax(-1)
+        # What the model says with its last block left out: the block's own input goes to the final norm.
+        last.register_forward_hook(lambda module, args, output: args[0])
+        q = model(tokens()).logits[:, :-1].double().log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum((1, 2))
+    assert expected.min() > 0.01
+    results = run_ranks(ranks, diverged, folder, ranks)
+    assert results[0] == pytest.approx(expected.tolist(), rel=1e-3)
+    assert all(result == results[0] for result in results)

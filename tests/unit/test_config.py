@@ -11,6 +11,7 @@ import pytest
 from megatron_spd.config import (
     COMMANDS,
     CommonOptions,
+    CurveOptions,
     DistillOptions,
     EvaluateOptions,
     PlanOptions,
@@ -25,6 +26,7 @@ REQUIRED: dict[type[CommonOptions], list[str]] = {
     PlanOptions: ["--model", "m", "--out", "o", "--branches", "3", "--sensitivity", "s.json"],
     DistillOptions: ["--model", "m", "--plan", "p", "--out", "o"],
     EvaluateOptions: ["--model", "m"],
+    CurveOptions: ["--model", "m", "--out", "o", "--branches", "3"],
 }
 
 
@@ -138,3 +140,31 @@ def test_every_command_shows_its_options(command: str, capsys: pytest.CaptureFix
         parse_options(COMMANDS[command], ["--help"], command)
     assert caught.value.code == 0
     assert "--json" in capsys.readouterr().out
+
+
+def test_ratios_and_variants_of_a_curve() -> None:
+    options = parse(
+        CurveOptions, "--ratios", "1, 0.5,0.50", "--variants", "all,shift", "--task-variants", "all"
+    )
+    assert options.ratio_values == [0.5, 1.0]
+    assert options.variant_names == ["shift", "all"]
+    assert options.task_variant_names == []
+    with_tasks = parse(CurveOptions, "--variants", "all,shift", "--task-variants", "all", "--tasks", "t")
+    assert with_tasks.task_variant_names == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--ratios", "0.5,much"], "expected numbers with commas between"),
+        (["--ratios", "0,0.5"], "--ratios has 0; each must be above 0 and at most 1"),
+        (["--ratios", "nan"], "--ratios has nan"),
+        (["--ratios", ","], "need at least one value"),
+        (["--variants", "zero-shot,magic"], "--variants has 'magic'; known are zero-shot, shift, heads"),
+        (["--task-variants", "b2c"], "--task-variants has 'b2c'"),
+        (["--finish", "none"], "leave finish out of --variants"),
+        (["--limit", "5"], "--limit is for tasks"),
+    ],
+)
+def test_mistakes_in_a_curve(argv: list[str], words: str) -> None:
+    assert words in message_of(CurveOptions, *argv)

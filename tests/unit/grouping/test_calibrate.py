@@ -13,11 +13,12 @@ from torch import Tensor
 
 from megatron_spd.errors import UserError
 from megatron_spd.grouping.assignment import assign_neurons
-from megatron_spd.grouping.calibrate import BlockResult, Sample, UnitCalibrator
+from megatron_spd.grouping.calibrate import BlockResult, UnitCalibrator
 from megatron_spd.grouping.formulas import BlockFormulas
 from megatron_spd.grouping.neurons import ReadingCost
 from megatron_spd.grouping.permute import permute_block
 from megatron_spd.grouping.refit import InputMoments
+from megatron_spd.grouping.sample import Sample
 from megatron_spd.models.build import BlockUnit, ModelShape
 from megatron_spd.models.llama import LLAMA
 from megatron_spd.plan import SPDPlan
