@@ -25,7 +25,7 @@ from megatron_spd.grouping.formulas import AttentionSettings
 from megatron_spd.grouping.provider import CalibratedUnits
 from megatron_spd.grouping.walk import calibrate_plan
 from megatron_spd.models.build import inverse_frequencies
-from megatron_spd.plan import SPDPlan
+from megatron_spd.plan import BlockPlan, SPDPlan
 from megatron_spd.runtime.distributed import Runtime
 
 
@@ -91,8 +91,14 @@ def calibrate_into(
     a record for each calibrated block: ``block``, ``errors`` of all candidates, what was ``kept``.
 
     ``streamer`` walks the base model in its original order. A killed calibration goes on with its first missing unit.
+    Raises UserError for a plan that has orders, shifts or norms already, and for a folder of another calibration.
     """
     runtime = streamer.runtime
+    if plan != _bare(plan):
+        raise UserError(
+            "the plan has grouped heads or neurons, shifts or branch norms already, and calibration finds its own; "
+            "give the plan that `megatron-spd plan` wrote"
+        )
     store = UnitStore(folder, calibration_identity(plan, tokens, ingredients), runtime)
     units = plan.units()
     missing = runtime.from_main([u for u in units if not store.has(u)])
@@ -126,10 +132,22 @@ def _with_changes(
     return plan, records
 
 
+def _bare(plan: SPDPlan) -> SPDPlan:
+    """The plan without what calibration decides."""
+    blocks = [BlockPlan(tier=b.tier, recovery=b.recovery) for b in plan.blocks]
+    return dataclasses.replace(plan, blocks=blocks)
+
+
 def check_calibrated_for(plan: SPDPlan, folder: Path) -> Path:
     """``folder`` again. Raises UserError unless it holds the calibrated units of ``plan``."""
-    if not (folder / "identity").is_file():
+    stamp = folder / "identity"
+    if not stamp.is_file():
         raise UserError(f"{folder} is not a folder of `megatron-spd group --calibrated`; give that folder")
+    if not stamp.read_text(encoding="utf-8").startswith(plan_mark(_bare(plan))):
+        raise UserError(
+            f"the blocks in {folder} were calibrated for another plan (other sync points, branches or model); give "
+            "the plan that `megatron-spd group` wrote with them"
+        )
     for unit in plan.units():
         path = folder / f"unit_{unit.start:04d}_{unit.stop - 1:04d}.json"
         held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -32,6 +32,7 @@ from megatron_spd.grouping.provider import CalibratedUnits
 from megatron_spd.plan import SPDPlan
 from megatron_spd.run_folder import RunFolder
 from megatron_spd.runtime.distributed import Runtime
+from megatron_spd.stages import TrainingText
 
 #: The variants whose blocks are calibrated as they are measured; sets are chosen with the first.
 CALIBRATED = ("all", "shift", "neurons")
@@ -41,8 +42,8 @@ TRAINED = ("b2b", "finish")
 class Variants:
     """The variants of one model. Calls are collectives.
 
-    ``calibration`` and ``training``: pieces [n, s] to calibrate on and to distil on; ``scoring`` [m, s]: to measure
-    losses on. What takes long is kept in ``folder``: stages, and the blocks of each ratio in a folder of its own.
+    ``calibration`` and ``scoring``: pieces [n, s] to calibrate on and to measure losses on; ``training``: to train on.
+    What takes long is kept in ``folder``: stages, and the blocks of each ratio in a folder of its own.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Variants:
         options: CurveOptions,
         folder: RunFolder,
         calibration: Tensor,
-        training: Tensor,
+        training: TrainingText,
         scoring: Tensor,
     ) -> None:
         self.reader, self.runtime, self.options, self.folder = reader, runtime, options, folder
@@ -160,12 +161,12 @@ class Variants:
             )
             return grouped.to_dict()
 
-        return SPDPlan.from_dict(self.folder.stage(f"group {folder.name}", group))
+        return SPDPlan.from_dict(self.folder.stage(f"calibration {folder.name}", group))
 
     def _train(self, plan: SPDPlan, folder: Path, finish: str) -> None:
         """Distil the calibrated blocks in ``folder``, or make the last pass on the distilled ones unless ``finish`` is
         "none". What is there already is not trained again."""
-        name = "distil" if finish == "none" else "finish"
+        name = "distillation" if finish == "none" else "last pass"
         self.folder.stage(f"{name} {folder.name}", lambda: self._training_records(plan, folder, finish))
 
     def _training_records(self, plan: SPDPlan, folder: Path, finish: str) -> list[Any]:

@@ -12,23 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from megatron_spd.files import write_atomic
-from megatron_spd.report.tables import number, ranges
+from megatron_spd.report.style import GREY, PLAIN, plain_log_ticks, smooth
+from megatron_spd.report.tables import known_bounds, number, ranges
 from megatron_spd.sensitivity.tiers import Thresholds, find_thresholds, tier
 
 TIER_COLOURS = {"ISB": "#4477AA", "SB": "#EE9922", "ESB": "#BB2244"}
 TIER_NAMES = {"ISB": "insensitive (ISB)", "SB": "sensitive (SB)", "ESB": "extremely sensitive (ESB)"}
-_GREY = "#666666"
-#: Tick labels without powers of ten.
-_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def plot_sensitivity(
@@ -99,14 +96,14 @@ def plot_losses(units: Sequence[Mapping[str, Any]], path: Path) -> Path:
     # The last tenth of the colour map is too bright for a line on white.
     colours = ScalarMappable(Normalize(0, 1.1 * max(1, last)), "viridis")
     for unit in shown:
-        curve = _smooth([float(v) for v in unit["losses"]])
+        curve = smooth([float(v) for v in unit["losses"]])
         start = curve[0] or 1.0
         colour = colours.to_rgba(unit["blocks"][0])
         left.plot(
             range(1, len(curve) + 1), [v / start for v in curve], color=colour, linewidth=1.2, alpha=0.85
         )
     left.set(xlabel="optimizer step", ylabel="loss / loss at the start", title="Block-to-block distillation")
-    left.axhline(1.0, color=_GREY, linewidth=0.8, linestyle=":")
+    left.axhline(1.0, color=GREY, linewidth=0.8, linestyle=":")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.grid(alpha=0.3)
     figure.colorbar(colours, ax=left, label="first block of the unit", ticks=MaxNLocator(integer=True))
@@ -114,30 +111,55 @@ def plot_losses(units: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return write_atomic(path, figure.savefig)
 
 
-def plot_perplexity(perplexity: Mapping[str, float | None], path: Path) -> Path:
-    """Bars of the plain, the zero-shot and the final perplexity; what was not measured is left out."""
-    labels = {"plain": "plain", "zero_shot": "SPD, zero-shot", "final": "SPD, final"}
-    colours = {"plain": _GREY, "zero_shot": TIER_COLOURS["SB"], "final": TIER_COLOURS["ISB"]}
+def plot_perplexity(
+    perplexity: Mapping[str, float | None],
+    path: Path,
+    intervals: Mapping[str, Sequence[float | None]] | None = None,
+) -> Path:
+    """Bars of the plain perplexity and of the SPD model's after every step; what was not measured is left out.
+
+    ``intervals``: [low, high] by the same names, drawn as error bars where both are finite.
+    """
+    labels = {"plain": "plain", "zero_shot": "zero-shot", "grouped": "grouped", "final": "final"}
+    colours = {
+        "plain": GREY,
+        "zero_shot": TIER_COLOURS["SB"],
+        "grouped": "#66CCEE",
+        "final": TIER_COLOURS["ISB"],
+    }
     shown = [(k, v) for k in labels if (v := perplexity.get(k)) is not None]
     figure = Figure(figsize=(5.6, 4), layout="constrained", dpi=120)
     axes = figure.subplots()
-    bars = axes.bar(
-        [labels[k] for k, _ in shown], [v for _, v in shown], color=[colours[k] for k, _ in shown], width=0.6
-    )
-    axes.bar_label(bars, [number(v) for _, v in shown], padding=3)
+    names, values = [labels[k] for k, _ in shown], [v for _, v in shown]
+    axes.bar(names, values, color=[colours[k] for k, _ in shown], width=0.6)
+    tops = _error_bars(axes, shown, intervals or {})
+    for place, (value, top) in enumerate(zip(values, tops, strict=True)):
+        axes.annotate(number(value), (place, top), (0, 3), textcoords="offset points", ha="center")
     plain = perplexity.get("plain")
     if plain:
-        axes.axhline(plain, color=_GREY, linewidth=0.8, linestyle=":")
-    values = [v for _, v in shown]
+        axes.axhline(plain, color=GREY, linewidth=0.8, linestyle=":")
     # A bar needs a true zero; only where one bar dwarfs the others is a logarithmic axis the lesser evil.
     if values and max(values) > 8 * min(values):
         axes.set_yscale("log")
-        axes.set_ylim(min(values) / 2, max(values) * 1.6)
-        _plain_log_ticks(axes.yaxis)
+        axes.set_ylim(min(values) / 2, max(tops) * 1.6)
+        plain_log_ticks(axes.yaxis)
     else:
-        axes.margins(y=0.12)
+        axes.set_ylim(0, 1.12 * max(tops, default=1.0))
     axes.set(ylabel="perplexity", title="Perplexity (lower is better)")
     return write_atomic(path, figure.savefig)
+
+
+def _error_bars(
+    axes: Axes, bars: Sequence[tuple[str, float]], intervals: Mapping[str, Sequence[float | None]]
+) -> list[float]:
+    """Draw the intervals there are; the upper end of every bar with its interval."""
+    tops = []
+    for place, (name, value) in enumerate(bars):
+        low, high = known_bounds(intervals.get(name)) or (value, value)
+        if low < high:
+            axes.vlines(place, low, high, color="black", linewidth=1)
+        tops.append(high)
+    return tops
 
 
 # ---- parts of the sensitivity figure --------------------------------------------------------------------------------
@@ -177,8 +199,8 @@ def _draw_points(
 def _point_legend(hatched: bool, marked: bool) -> list[Patch | Line2D]:
     handles: list[Patch | Line2D] = [Patch(color=TIER_COLOURS[t], label=TIER_NAMES[t]) for t in TIER_COLOURS]
     if hatched:
-        handles.append(Patch(facecolor=_GREY, edgecolor=_GREY, label="attention point"))
-        handles.append(Patch(facecolor="white", edgecolor=_GREY, hatch="/////", label="MLP point"))
+        handles.append(Patch(facecolor=GREY, edgecolor=GREY, label="attention point"))
+        handles.append(Patch(facecolor="white", edgecolor=GREY, hatch="/////", label="MLP point"))
     if marked:
         handles.append(Line2D([], [], marker="^", color="black", linestyle="", markersize=5, label="dropped"))
     return handles
@@ -188,7 +210,7 @@ def _draw_sorted(axes: Axes, scores: Mapping[int, float], limits: Thresholds) ->
     """The scores in ascending order, and the two thresholds between which the tiers lie."""
     values = sorted(scores.values())
     places = range(1, len(values) + 1)
-    axes.plot(places, values, color=_GREY, linewidth=1, zorder=1)
+    axes.plot(places, values, color=GREY, linewidth=1, zorder=1)
     axes.scatter(places, values, c=[TIER_COLOURS[tier(v, limits)] for v in values], s=18, zorder=2)
     for name, value, colour in (
         ("tau1", limits.tau1, TIER_COLOURS["SB"]),
@@ -208,7 +230,7 @@ def _perplexity_scale(axes: Axes, values: Sequence[float]) -> None:
     linear = 10.0 ** math.floor(math.log10(sizes[len(sizes) // 2])) if sizes else 1.0
     low, high = min(values), max(values)
     axes.set_yscale("symlog", linthresh=linear, linscale=0.5)
-    axes.yaxis.set_major_formatter(_PLAIN)
+    axes.yaxis.set_major_formatter(PLAIN)
     axes.set_ylim(min(2 * low, -0.1 * linear), max(2 * high, linear))
 
 
@@ -220,7 +242,7 @@ def _draw_gains(axes: Axes, units: Sequence[Mapping[str, Any]]) -> None:
     measured = [u for u in units if u.get("loss_before") and u.get("loss_after")]
     for row, unit in enumerate(measured):
         before, after = float(unit["loss_before"]), float(unit["loss_after"])
-        axes.plot([before, after], [row, row], color=_GREY, linewidth=1.2, zorder=1)
+        axes.plot([before, after], [row, row], color=GREY, linewidth=1.2, zorder=1)
         axes.scatter([before], [row], color=TIER_COLOURS["SB"], s=22, zorder=2)
         axes.scatter([after], [row], color=TIER_COLOURS["ISB"], s=22, zorder=2)
     step = max(1, math.ceil(len(measured) / 20))
@@ -230,7 +252,7 @@ def _draw_gains(axes: Axes, units: Sequence[Mapping[str, Any]]) -> None:
     axes.invert_yaxis()
     if measured:
         axes.set_xscale("log")
-        _plain_log_ticks(axes.xaxis)
+        plain_log_ticks(axes.xaxis)
         axes.tick_params(axis="x", labelsize=8, rotation=45)
     axes.set(xlabel="block-output loss", ylabel="blocks of the unit", title="Before and after")
     axes.grid(alpha=0.3)
@@ -239,16 +261,3 @@ def _draw_gains(axes: Axes, units: Sequence[Mapping[str, Any]]) -> None:
         Line2D([], [], marker="o", linestyle="", color=TIER_COLOURS["ISB"], label="after"),
     ]
     axes.legend(handles=handles, fontsize=9, loc="upper right")
-
-
-def _smooth(losses: Sequence[float]) -> list[float]:
-    """Running mean over a twentieth of the curve: single steps are noise of the batch."""
-    width = max(1, len(losses) // 20)
-    return [sum(losses[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(losses))]
-
-
-def _plain_log_ticks(axis: Axis) -> None:
-    """Labels at 1, 2 and 5 of every decade of a logarithmic axis, and none between."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(_PLAIN)
-    axis.set_minor_formatter(NullFormatter())

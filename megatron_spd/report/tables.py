@@ -1,11 +1,12 @@
 """The numbers of a run as tables: aligned text for the terminal, Markdown for the report.
 
-A *results* dict has the keys that :mod:`megatron_spd.report.html` lists; what was not measured is None or missing and
+A *results* dict has the keys that :mod:`megatron_spd.report.run` lists; what was not measured is None or missing and
 shows as "-". A *sensitivity* dict is what ``megatron_spd.sensitivity.sweep`` writes as JSON.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -78,6 +79,29 @@ def change(before: float | None, after: float | None) -> str:
     return f"{100 * (after - before) / before:+.1f} %"
 
 
+def percent(value: float) -> str:
+    """Percent with its sign."""
+    return f"{value:+.1f} %"
+
+
+def known_bounds(interval: Sequence[float | None] | None) -> tuple[float, float] | None:
+    """Lower and upper end of an interval, None where one is missing or not finite."""
+    ends = [v for v in interval or () if v is not None and math.isfinite(v)]
+    return (ends[0], ends[1]) if len(ends) == 2 else None
+
+
+def bounds(interval: Sequence[float | None] | None) -> str:
+    """An interval as ``18.9 to 22.4``."""
+    ends = known_bounds(interval)
+    return MISSING if ends is None else f"{number(ends[0])} to {number(ends[1])}"
+
+
+def percent_bounds(interval: Sequence[float | None] | None) -> str:
+    """An interval of percentages as ``-1.2 to +3.4 %``."""
+    ends = known_bounds(interval)
+    return MISSING if ends is None else f"{ends[0]:+.1f} to {ends[1]:+.1f} %"
+
+
 def ranges(numbers: Iterable[int]) -> str:
     """Whole numbers with runs drawn together: ``0, 3-5, 9``."""
     runs: list[list[int]] = []
@@ -103,28 +127,55 @@ def dropped_in_words(dropped: Iterable[int]) -> str:
 # ---- whole tables ---------------------------------------------------------------------------------------------------
 
 
-def summary_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(what, before, after, change) of the figures that a user decides by."""
-    perplexity = results.get("perplexity") or {}
-    plain, zero_shot, final = (perplexity.get(k) for k in ("plain", "zero_shot", "final"))
-    reduces, volume = results.get("all_reduces_per_token") or {}, results.get("bytes_per_token") or {}
-    total, dropped = results.get("sync_points_total"), len(results.get("dropped") or ())
-    kept = None if total is None else total - dropped
-    rows = [
-        ("sync points", number(total), number(kept), change(total, kept)),
-        ("perplexity, zero-shot", number(plain), number(zero_shot), change(plain, zero_shot)),
-        ("perplexity, final", number(plain), number(final), change(plain, final)),
-    ]
-    for name, pair, form in (
-        ("all-reduces per token", reduces, number),
-        ("bytes per token", volume, size),
+#: What a run measured, in its order, by the names of ``results``.
+_STEPS = {"zero_shot": "zero-shot", "grouped": "grouped", "final": "final"}
+
+
+def summary(results: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows (what, before, after, change) of the figures that a user decides by; the 95 % interval of the
+    change where one was measured."""
+    perplexity, increases = results.get("perplexity") or {}, results.get("increase") or {}
+    plain, total = perplexity.get("plain"), results.get("sync_points_total")
+    kept = None if total is None else total - len(results.get("dropped") or ())
+    rows: list[tuple[str, ...]] = [("sync points", number(total), number(kept), change(total, kept), "")]
+    for step, name in _STEPS.items():
+        value = perplexity.get(step)
+        if value is None and step == "grouped":
+            continue
+        interval = percent_bounds(increases[step][1:]) if step in increases else ""
+        rows.append((f"perplexity, {name}", number(plain), number(value), change(plain, value), interval))
+    for what, key, form in (
+        ("all-reduces per token", "all_reduces_per_token", number),
+        ("bytes per token", "bytes_per_token", size),
     ):
+        pair = results.get(key) or {}
         before, after = pair.get("before"), pair.get("after")
-        rows.append((name, form(before), form(after), change(before, after)))
+        rows.append((what, form(before), form(after), change(before, after), ""))
+    header = ("", "plain", "SPD", "change", "95 %, paired")
+    return (header, rows) if any(row[-1] for row in rows) else (header[:-1], [row[:-1] for row in rows])
+
+
+INTERVAL_HEADER = ("", "perplexity", "95 %", "increase", "95 %, paired")
+
+
+def interval_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """(step, perplexity, its interval, increase over plain, its interval) of all that has an interval."""
+    perplexity, intervals = results.get("perplexity") or {}, results.get("interval") or {}
+    increases = results.get("increase") or {}
+    rows: list[tuple[str, ...]] = []
+    for step, name in {"plain": "plain", **_STEPS}.items():
+        if step in intervals:
+            increase = increases.get(step)
+            rows.append(
+                (
+                    name,
+                    number(perplexity.get(step)),
+                    bounds(intervals[step]),
+                    MISSING if increase is None else percent(increase[0]),
+                    MISSING if increase is None else percent_bounds(increase[1:]),
+                )
+            )
     return rows
-
-
-SUMMARY_HEADER = ("", "plain", "SPD", "change")
 
 
 def stage_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -165,7 +216,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
         f"sync points dropped: {len(results.get('dropped') or ())} of {number(results.get('sync_points_total'))} "
         f"({dropped_in_words(results.get('dropped') or ())})",
         "",
-        text_table(SUMMARY_HEADER, summary_rows(results)),
+        text_table(*summary(results)),
     ]
     if stages := stage_rows(results):
         parts += ["", text_table(("stage", "wall time"), stages)]

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import matplotlib.image
-import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
 
 from megatron_spd.report import plots
 from megatron_spd.sensitivity.tiers import Thresholds
+from tests.unit.report.pixels import pixels_of
 from tests.unit.report.results import results, sensitivity
-
-
-def pixels_of(path, colour):
-    """How many pixels of the PNG have exactly ``colour``."""
-    image = matplotlib.image.imread(path)[..., :3]
-    return int((np.abs(image - np.array(to_rgb(colour))) < 0.004).all(-1).sum())
 
 
 @pytest.mark.parametrize("missing", [None, "algorithm1", "single"])
@@ -60,6 +53,16 @@ def test_perplexity_bars(tmp_path):
     assert pixels_of(both, plots.TIER_COLOURS["ISB"]) > 1000
     assert pixels_of(zero_shot, plots.TIER_COLOURS["ISB"]) == 0
     assert pixels_of(zero_shot, plots.TIER_COLOURS["SB"]) > 1000
+
+
+def test_intervals_make_room_above_the_bars(tmp_path):
+    values = {"plain": 20.0, "grouped": 22.0}
+    bare = plots.plot_perplexity(values, tmp_path / "bare.png")
+    barred = plots.plot_perplexity(
+        values, tmp_path / "i.png", {"plain": [10.0, 40.0], "grouped": [None, None]}
+    )
+    # The bars are the same, the axis reaches twice as high.
+    assert 0.4 < pixels_of(barred, "#66CCEE") / pixels_of(bare, "#66CCEE") < 0.7
 
 
 def test_nothing_to_draw(tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from megatron_spd.report import tables
-from tests.unit.report.results import results, sensitivity
+from tests.unit.report.results import older_results, results, sensitivity
 
 
 @pytest.mark.parametrize(
@@ -59,12 +61,37 @@ def test_summary_says_what_a_user_decides_by():
     text = tables.summary_table(results())
     assert "sync points dropped: 4 of 12 (attention of blocks 1, 3-4; MLP of blocks 2)" in text
     rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
-    assert rows["perplexity, zero-shot"][-4:] == ["20", "25", "+25.0", "%"]
-    assert rows["perplexity, final"][-4:] == ["20", "21", "+5.0", "%"]
+    assert " ".join(rows["perplexity, zero-shot"][2:]) == "20 25 +25.0 % +22.2 to +28.0 %"
+    assert " ".join(rows["perplexity, grouped"][2:]) == "20 22 +10.0 % +8.5 to +12.0 %"
+    assert " ".join(rows["perplexity, final"][2:]) == "20 21 +5.0 % +4.0 to +6.5 %"
     assert rows["all-reduces per token"][-4:] == ["12", "8", "-33.3", "%"]
     assert rows["bytes per token"][-6:] == ["27.65", "kB", "18.43", "kB", "-33.3", "%"]
     assert rows["total"][-4:] == ["3", "min", "11", "s"]
     assert "checkpoint  RUN/export" in text
+
+
+def test_summary_without_intervals_has_no_column_for_them():
+    header, rows = tables.summary(older_results())
+    assert header == ("", "plain", "SPD", "change")
+    assert [row[0] for row in rows] == [
+        "sync points",
+        "perplexity, zero-shot",
+        "perplexity, final",
+        "all-reduces per token",
+        "bytes per token",
+    ]
+
+
+def test_intervals():
+    assert tables.interval_rows(results()) == [
+        ("plain", "20", "18 to 22.5", "-", "-"),
+        ("zero-shot", "25", "23 to 27", "+25.0 %", "+22.2 to +28.0 %"),
+        ("grouped", "22", "20 to 24", "+10.0 %", "+8.5 to +12.0 %"),
+        ("final", "21", "19 to 23", "+5.0 %", "+4.0 to +6.5 %"),
+    ]
+    # One sequence alone gives none; JSON has no NaN.
+    for unknown in ([math.nan, math.nan], [None, None], None):
+        assert tables.bounds(unknown) == tables.percent_bounds(unknown) == "-"
 
 
 def test_summary_of_a_run_that_measured_little():

@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 import pytest
 
 from megatron_spd.files import write_atomic
-from megatron_spd.report.html import write_report
-from tests.unit.report.results import results
+from megatron_spd.report.run import write_report
+from tests.unit.report.results import older_results, results
 
+PICTURES = ("perplexity", "sensitivity", "search", "guard", "losses", "finish")
 VOID = {"meta", "img", "br"}
 
 
@@ -45,7 +46,7 @@ def written(tmp_path_factory):
 
 
 def test_report_of_a_whole_run(written):
-    assert written.keys() == {"html", "markdown", "perplexity", "sensitivity", "losses"}
+    assert written.keys() == {"html", "markdown", *PICTURES}
     assert set(written["html"].parent.iterdir()) == set(written.values())
 
     page = Page(written["html"].read_text(encoding="utf-8"))
@@ -58,6 +59,10 @@ def test_report_of_a_whole_run(written):
         "3 min 11 s",
         "+40.000",
         "RUN/export",
+        "+22.2 to +28.0 %",
+        "18 to 22.5",
+        "shift + neurons",
+        "extension",
     ):
         assert words in page.text
         assert words in markdown
@@ -69,16 +74,43 @@ def test_html_stands_alone_and_escapes(written):
     assert "b" not in page.tags
     assert "The <b>" in page.text
     drawn = {base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in page.images}
-    assert drawn == {written[name].read_bytes() for name in ("perplexity", "sensitivity", "losses")}
+    assert drawn == {written[name].read_bytes() for name in PICTURES}
     assert not re.search(r'(src|href)="(?!data:)', text)
 
 
 def test_markdown_points_to_the_pictures_beside_it(written):
     markdown = written["markdown"].read_text(encoding="utf-8")
     names = re.findall(r"!\[[^]]*\]\(([^)]*)\)", markdown)
-    assert sorted(names) == ["losses.png", "perplexity.png", "sensitivity.png"]
+    assert sorted(names) == sorted(f"{name}.png" for name in PICTURES)
     assert all((written["markdown"].parent / name).is_file() for name in names)
     assert "\n    one & two\n    ```\n" in markdown
+
+
+def test_report_of_a_run_without_the_newer_measurements(tmp_path):
+    written = write_report(older_results(), tmp_path)
+    assert written.keys() == {"html", "markdown", "perplexity", "sensitivity", "losses"}
+    markdown = written["markdown"].read_text(encoding="utf-8")
+    assert re.findall("^## .*", markdown, re.MULTILINE) == [
+        "## Result",
+        "## Generated text",
+        "## Tiers of the blocks with dropped points",
+        "## Block-to-block distillation",
+        "## Sensitivity of the sync points",
+        "## Wall time",
+        "## Files",
+    ]
+    assert "95 %" not in markdown
+    assert "plain x exp(KL)" not in markdown
+
+
+def test_report_of_a_run_without_training_or_search(tmp_path):
+    none = {"search": None, "calibration": [], "units": [], "finish": None}
+    assert write_report(results() | none, tmp_path).keys() == {
+        "html",
+        "markdown",
+        "perplexity",
+        "sensitivity",
+    }
 
 
 def test_report_of_a_run_that_measured_little(tmp_path):
