@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import megatron_spd
-from megatron_spd.config import COMMANDS, CommonOptions
+from megatron_spd.config import COMMANDS
 from megatron_spd.errors import RankDied, UserError
+from megatron_spd.options import CommonOptions
 from megatron_spd.parsing import parse_options
 from megatron_spd.runtime.failures import as_user_error, one_line
 from megatron_spd.runtime.rank_status import hide_cuda_from_cpu_ranks, is_launched, run_as_rank

@@ -17,7 +17,6 @@ from torch import Tensor
 from megatron_spd.calibration.stream import BlockStreamer, UnitVariants, plain_variants
 from megatron_spd.calibration.text import read_text, token_batches
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.config import INGREDIENTS, GroupingOptions
 from megatron_spd.distill.units import UnitStore, plan_mark
 from megatron_spd.errors import UserError
 from megatron_spd.grouping.calibrate import BlockResult, Ingredients, UnitCalibrator
@@ -25,6 +24,7 @@ from megatron_spd.grouping.formulas import AttentionSettings
 from megatron_spd.grouping.provider import CalibratedUnits
 from megatron_spd.grouping.walk import calibrate_plan
 from megatron_spd.models.build import inverse_frequencies
+from megatron_spd.options import INGREDIENTS, GroupingOptions
 from megatron_spd.plan import BlockPlan, SPDPlan
 from megatron_spd.runtime.distributed import Runtime
 

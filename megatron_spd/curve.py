@@ -28,13 +28,14 @@ from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.compensation import (
     calibration_pieces,
 )
-from megatron_spd.config import VARIANTS, CurveOptions, SelectionOptions
+from megatron_spd.config import CurveOptions
 from megatron_spd.curve_variants import TRAINED, Variants
 from megatron_spd.errors import UserError
 from megatron_spd.evaluate.generate import load_for_generation
 from megatron_spd.evaluate.statistics import paired_difference, perplexity_interval
 from megatron_spd.evaluate.tasks import load_tasks, run_tasks, task_names
 from megatron_spd.models.build import DTYPES
+from megatron_spd.options import VARIANTS, SelectionOptions
 from megatron_spd.plan import SPDPlan
 from megatron_spd.planning import Choice, SetSearch, choose_plan, make_search
 from megatron_spd.progress import progress_bar

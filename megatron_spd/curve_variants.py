@@ -23,12 +23,13 @@ from megatron_spd.compensation import (
     calibration_identity,
     chosen_ingredients,
 )
-from megatron_spd.config import CurveOptions, TrainingOptions
+from megatron_spd.config import CurveOptions
 from megatron_spd.distill.tracking import Tracker
 from megatron_spd.evaluate.perplexity import plan_nll
 from megatron_spd.grouping.calibrate import Ingredients
 from megatron_spd.grouping.permute import planned_weights
 from megatron_spd.grouping.provider import CalibratedUnits
+from megatron_spd.options import TrainingOptions
 from megatron_spd.plan import SPDPlan
 from megatron_spd.run_folder import RunFolder
 from megatron_spd.runtime.distributed import Runtime

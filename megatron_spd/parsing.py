@@ -16,8 +16,8 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import yaml
 
-from megatron_spd.config import CommonOptions, flag
 from megatron_spd.errors import UserError
+from megatron_spd.options import CommonOptions, flag
 
 _Options = TypeVar("_Options", bound=CommonOptions)
 

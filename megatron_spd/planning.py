@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron_spd.calibration.stream import BlockStreamer, UnitVariants
-from megatron_spd.config import SelectionOptions
 from megatron_spd.errors import UserError
+from megatron_spd.options import SelectionOptions
 from megatron_spd.plan import BaseModel, SPDPlan
 from megatron_spd.progress import progress_bar
 from megatron_spd.runtime.distributed import Runtime

@@ -18,7 +18,6 @@ from megatron_spd.calibration.stream import BlockStreamer, BlockWeights
 from megatron_spd.calibration.text import read_text, token_batches
 from megatron_spd.checkpoint.export import export
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.config import DataOptions, TrainingOptions
 from megatron_spd.distill.engine import EngineSettings
 from megatron_spd.distill.finish import finish
 from megatron_spd.distill.recipe import distill
@@ -30,6 +29,7 @@ from megatron_spd.grouping.formulas import AttentionSettings
 from megatron_spd.grouping.heads import group_heads
 from megatron_spd.grouping.permute import planned_weights
 from megatron_spd.models.build import DTYPES, inverse_frequencies
+from megatron_spd.options import DataOptions, TrainingOptions
 from megatron_spd.plan import BaseModel, SPDPlan
 from megatron_spd.progress import progress_bar
 from megatron_spd.runtime.distributed import Runtime

@@ -10,7 +10,6 @@ import pytest
 
 from megatron_spd.config import (
     COMMANDS,
-    CommonOptions,
     CurveOptions,
     DistillOptions,
     EvaluateOptions,
@@ -18,6 +17,7 @@ from megatron_spd.config import (
     RunOptions,
 )
 from megatron_spd.errors import UserError
+from megatron_spd.options import CommonOptions
 from megatron_spd.parsing import parse_options
 
 T = TypeVar("T", bound=CommonOptions)

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_spd"
 #: From the bottom up: a part imports from lower levels; from its own level only without going round in a circle.
 LEVELS: list[set[str]] = [
     {"errors", "files"},
-    {"plan", "config", "parsing", "runtime", "progress"},
+    {"plan", "options", "config", "parsing", "runtime", "progress"},
     {"comm"},
     {"layers"},
     {"models"},
@@ -36,7 +36,7 @@ PLACES: dict[str, set[str]] = {
     "lm_eval": {"evaluate"},
     "datasets": {"evaluate"},
     "matplotlib": {"report"},
-    "torch": set(LEVEL) - {"errors", "files", "plan", "config", "parsing", "cli"},
+    "torch": set(LEVEL) - {"errors", "files", "plan", "options", "config", "parsing", "cli"},
 }
 
 

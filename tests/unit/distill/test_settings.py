@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_spd.config import TrainingOptions
 from megatron_spd.distill.batches import example_order, replica_batches
 from megatron_spd.distill.engine import EngineSettings
 from megatron_spd.distill.settings import DistillSettings, FinishSettings, TrainingSettings
 from megatron_spd.errors import UserError
+from megatron_spd.options import TrainingOptions
 from megatron_spd.plan import BaseModel, SPDPlan
 from megatron_spd.stages import distill_settings, finish_settings
 

@@ -1,0 +1,237 @@
+"""Groups of options that commands share, and the checks that need nothing but the options themselves.
+
+``config.py`` puts them together for every command; ``parsing.py`` fills them in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_spd.errors import UserError
+
+SyncPoints = Literal["attention", "mlp", "any"]
+Recovery = Literal["zs", "paper", "grouped", "full"]
+#: What calibration may use, by the names of ``--ingredients``.
+INGREDIENTS = ("heads", "neurons", "shift", "norm", "refit")
+#: What the curve compares, by the names of ``--variants``; the last two are trained.
+VARIANTS = ("zero-shot", "shift", "heads", "neurons", "all", "b2b", "finish")
+DType = Literal["fp32", "bf16"]
+
+#: Least and greatest value of a number, by field name; None: no bound.
+LIMITS: dict[str, tuple[float, float | None]] = {
+    "branches": (1, None),
+    "ranks": (1, None),
+    "sequences": (1, None),
+    "eval_sequences": (1, None),
+    "distill_sequences": (2, None),
+    "tensor_parallel": (1, None),
+    "seq_length": (2, None),
+    "batch_size": (1, None),
+    "max_new_tokens": (1, None),
+    "limit": (1, None),
+    "drop_ratio": (0, 1),
+    "drop_count": (0, None),
+    "max_perplexity_increase": (0, None),
+    "epochs": (1, None),
+    "micro_batch_size": (1, None),
+    "gradient_accumulation": (1, None),
+    "max_minutes": (0, None),
+    "distill_tokens": (1, None),
+    "finish_tokens": (1, None),
+    "finish_sequences": (2, None),
+    "search_budget": (0, None),
+    "calibration_sequences": (2, None),
+}
+
+
+def option(help: str, default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field with the text that ``--help`` shows; required without a default."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class CommonOptions:
+    """What every command takes."""
+
+    config: str | None = option("YAML or JSON file with defaults for the options", None)
+    json: bool = option("print one JSON object as the last line of standard output", False)
+    debug: bool = option("show the traceback of an error", False)
+    local_rank: int | None = dataclasses.field(
+        default=None, metadata={"help": "given by launchers; not used"}
+    )
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a number out of its bounds or for options that exclude each other."""
+        for name, (least, greatest) in LIMITS.items():
+            value = getattr(self, name, None)
+            # Written so that NaN is refused too.
+            if value is not None and not (value >= least and (greatest is None or value <= greatest)):
+                expected = f">= {least}" if greatest is None else f"between {least} and {greatest}"
+                raise UserError(f"{flag(name)} is {value}; it must be {expected}")
+
+
+@dataclass(kw_only=True)
+class ModelOptions(CommonOptions):
+    model: str = option("Hugging Face folder of the model")
+
+
+@dataclass(kw_only=True)
+class DataOptions(CommonOptions):
+    data: str | None = option("UTF-8 text file; default: English text embedded in Python's library", None)
+    sequences: int = option("number of text pieces, taken one after the other from the start", 8)
+    seq_length: int = option("tokens in a piece", 256)
+
+
+@dataclass(kw_only=True)
+class RankOptions(CommonOptions):
+    ranks: int = option("tensor-parallel ranks to start on this machine through the deepspeed launcher", 1)
+
+
+@dataclass(kw_only=True)
+class SelectionOptions(CommonOptions):
+    """Which sync points are dropped; at most one of ratio, count and perplexity increase."""
+
+    sync_points: SyncPoints = option("the sync points that may be dropped (attention: the paper)", "any")
+    drop_ratio: float | None = option("share of the points that may be dropped which is dropped", None)
+    drop_count: int | None = option("number of points to drop", None)
+    max_perplexity_increase: float | None = option(
+        "drop as many points as cost at most this percentage, as measured before any training", None
+    )
+    tau1: float | None = option(
+        "greatest sensitivity of tier ISB (recovered by nothing); default: found", None
+    )
+    tau2: float | None = option(
+        "greatest sensitivity of tier SB (distilled); above: ESB; default: found", None
+    )
+    recovery: Recovery = option(
+        "zs: drop only; paper: tiers with distillation and head grouping; grouped: heads and neurons grouped, inputs "
+        "compensated, no training; full: grouped, distilled and finished",
+        "full",
+    )
+    search_budget: int | None = option(
+        "sets of points that the search may measure; 0: choose by single points alone; default: 24, or 0 for the "
+        "paper's recovery and points",
+        None,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rules = ("drop_ratio", "drop_count", "max_perplexity_increase")
+        given = [flag(name) for name in rules if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} exclude each other; give one of them")
+        if (self.tau1 is None) != (self.tau2 is None):
+            raise UserError("--tau1 and --tau2 belong together; give both or none")
+        if self.tau1 is not None and self.tau2 is not None and not self.tau1 <= self.tau2:
+            raise UserError(f"--tau1 {self.tau1} is above --tau2 {self.tau2}; it must be at most that")
+
+    @property
+    def grouped(self) -> bool:
+        """Whether blocks are calibrated (grouped and compensated)."""
+        return self.recovery in ("grouped", "full")
+
+    @property
+    def sets_to_measure(self) -> int:
+        """The search's budget, with its default."""
+        if self.search_budget is not None:
+            return self.search_budget
+        return 0 if self.recovery == "paper" and self.sync_points == "attention" else 24
+
+
+@dataclass(kw_only=True)
+class GroupingOptions(DataOptions):
+    """Calibration of the blocks in which something is dropped, in closed form."""
+
+    calibration_sequences: int = option(
+        "pieces of --data to calibrate on, after those that sensitivity is measured on; a quarter of them judges",
+        24,
+    )
+    ingredients: str = option(
+        "what calibration may use, commas between: heads, neurons, shift, norm, refit; a block keeps what helps it",
+        "heads,neurons,shift,refit",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.ingredient_names:
+            if name not in INGREDIENTS:
+                raise UserError(f"--ingredients has {name!r}; known are {', '.join(INGREDIENTS)}")
+
+    @property
+    def ingredient_names(self) -> list[str]:
+        return parts(self.ingredients)
+
+
+@dataclass(kw_only=True)
+class TrainingOptions(CommonOptions):
+    """Block-to-block distillation. The defaults are what works best on SmolLM2-135M in a few minutes; for large models
+    start from the paper's 10 epochs at a learning rate of 5e-5 (LLaMA2) or 1e-6 (OPT)."""
+
+    deepspeed_config: str | None = option("DeepSpeed JSON file; default: made from the options below", None)
+    epochs: int = option("passes over the calibration pieces for every unit", 4)
+    learning_rate: float = option("greatest learning rate", 3e-4)
+    micro_batch_size: int = option("pieces in one forward pass of a data-parallel replica", 4)
+    gradient_accumulation: int = option("forward passes for one optimizer step", 1)
+    loss: Literal["mse", "nmse", "fisher"] = option(
+        "mse of the block output (the paper), normalised by its size, or weighed by what later blocks are sensitive to",
+        "mse",
+    )
+    inputs: Literal["teacher", "student", "mixed"] = option(
+        "hidden states a unit is trained on: the plain model's (the paper), the student's own, or half of each",
+        "mixed",
+    )
+    distill_tokens: int | None = option(
+        "training tokens that each unit sees at most, instead of --epochs", None
+    )
+    finish: Literal["none", "vectors", "blocks"] | None = option(
+        "last pass, on the plain model's logits: all parameters of blocks with drops, or their norms and shifts; "
+        "default: blocks where run recovers fully, else none",
+        None,
+    )
+    finish_tokens: int | None = option(
+        "training tokens of the last pass at most; default: the pieces once", None
+    )
+    finish_sequences: int | None = option(
+        "pieces of the text for the last pass, from its start; default: those of distillation", None
+    )
+    finish_learning_rate: float = option("greatest learning rate of the last pass", 1e-4)
+    finish_recompute: bool = option(
+        "in the last pass compute activations twice instead of keeping them", False
+    )
+    zero_stage: Literal[0, 1, 2] = option("ZeRO stage", 0)
+    dtype: DType = option("type of weights and activations in training", "fp32")
+    tracking: Literal["wandb", "none"] = option(
+        "Weights & Biases (offline unless configured) or none", "wandb"
+    )
+    max_minutes: float | None = option(
+        "cut training short so that the command takes about this long; with --finish, half of it is for units",
+        None,
+    )
+    seed: int = option("seed of every random choice", 1234)
+    tensor_parallel: int | None = option(
+        "tensor-parallel ranks of one replica (M); the launched ranks' other factor is data parallel; default: all",
+        None,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.finish is None:
+            self.finish = "blocks" if getattr(self, "recovery", None) == "full" else "none"
+        for name in ("learning_rate", "finish_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{flag(name)} is {getattr(self, name)}; it must be > 0")
+        if self.dtype == "bf16" and self.zero_stage == 0 and self.deepspeed_config is None:
+            # DeepSpeed then picks an optimizer whose gradient norm is wrong.
+            raise UserError("--dtype bf16 needs --zero-stage 1 or 2")
+
+
+def flag(name: str) -> str:
+    """The flag of the field ``name``."""
+    return "--" + name.replace("_", "-")
+
+
+def parts(text: str) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
