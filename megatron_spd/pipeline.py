@@ -345,7 +345,7 @@ def _with_real_recovery(plan: SPDPlan, units: list[dict[str, Any]]) -> SPDPlan:
         for block in unit["blocks"]:
             planned = plan.blocks[block].recovery
             if planned.endswith("b2b") and not unit["kept"]:
-                plan = plan.with_block(block, recovery="grouped" if planned.startswith("grouped") else "zs")
+                plan = plan.with_block(block, recovery=stages.untrained_recovery(planned))
     return plan
 
 

@@ -277,8 +277,15 @@ def run_distillation(
     teacher = _teacher(reader, runtime, settings.engine)
     records = distill(teacher, plan, tokens, settings, store, tracker, initial)
     for record in records:
-        record["recovery"] = plan.blocks[record["blocks"][-1]].recovery if record["kept"] else "zs"
+        asked = [r for block in record["blocks"] if (r := plan.blocks[block].recovery).endswith("b2b")]
+        strongest = max(asked, key=len)
+        record["recovery"] = strongest if record["kept"] else untrained_recovery(strongest)
     return records
+
+
+def untrained_recovery(planned: str) -> str:
+    """What is left of a recovery with distillation where that was of no use."""
+    return "grouped" if planned.startswith("grouped") else "zs"
 
 
 def _teacher(reader: CheckpointReader, runtime: Runtime, engine: EngineSettings) -> BlockStreamer:

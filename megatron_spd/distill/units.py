@@ -54,7 +54,7 @@ def _claim(folder: Path, identity: str) -> str | None:
     stamp = folder / "identity"
     if stamp.exists() and stamp.read_text() != identity:
         return (
-            f"{folder} holds the units of another distillation (other plan, data or settings); "
+            f"{folder} holds the units of another distillation or calibration (other plan, data or settings); "
             "give another output folder, or remove it"
         )
     write_text_atomic(stamp, identity)

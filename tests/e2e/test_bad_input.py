@@ -16,11 +16,25 @@ import torch
 from megatron_spd.plan import SPDPlan
 from tests.command_line import Outcome, answer, command, files
 from tests.disk import small_disk
-from tests.e2e.bad_input import arguments, assert_one_line, damaged, tensors, write_plan
+from tests.e2e.bad_input import (
+    Mistake,
+    arguments,
+    assert_one_line,
+    config,
+    damaged,
+    edited_sensitivity,
+    model,
+    new_file,
+    occupied,
+    of_world,
+    option,
+    plan_of_version,
+    tensors,
+    text,
+    truncate,
+    write_plan,
+)
 from tests.models import make_llama, tiny_text
-
-#: Prepares something wrong in the second folder, given the first (see ``world``); the options that show it.
-Mistake = Callable[[Path, Path], list[object]]
 
 
 @pytest.fixture(scope="module")
@@ -34,78 +48,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_plan(folder / "other", folder / "other_plan.json")
     for name, more in {
         "sensitivity": ["--out", folder / "s.json"],
+        "calibrate": ["--calibrated", folder / "calibrated", "--out", folder / "grouped.json"],
         "distill": ["--out", folder / "distilled"],
         "export": ["--out", folder / "spd"],
         "run": ["--out", folder / "run"],
     }.items():
         answer(*arguments(name, folder, folder), *more)
     return folder
-
-
-def truncate(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def config(**changes: Any) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        file = folder / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-    return apply
-
-
-def model(edit: Callable[[Path], object]) -> Mistake:
-    return lambda world, out: damaged(world, out, edit)
-
-
-def text(content: bytes) -> Mistake:
-    def write(world: Path, out: Path) -> list[object]:
-        (out / "text").write_bytes(content)
-        return ["--data", out / "text"]
-
-    return write
-
-
-def option(*values: object) -> Mistake:
-    return lambda world, out: list(values)
-
-
-def of_world(flag: str, name: str) -> Mistake:
-    """An option that names something that the world has."""
-    return lambda world, out: [flag, world / name]
-
-
-def new_file(flag: str, content: str, name: str = "given.json") -> Mistake:
-    def write(world: Path, out: Path) -> list[object]:
-        (out / name).write_text(content)
-        return [flag, out / name]
-
-    return write
-
-
-def occupied(name: str = "out") -> Mistake:
-    """Something of the user's lies where the output is to go."""
-
-    def write(world: Path, out: Path) -> list[object]:
-        (out / name).mkdir()
-        (out / name / "thesis.txt").write_text("years of work")
-        return []
-
-    return write
-
-
-def plan_of_version(version: int) -> Mistake:
-    return lambda world, out: ["--plan", write_plan(world / "model", out / "plan.json", version=version)]
-
-
-def edited_sensitivity(**changes: Any) -> Mistake:
-    def write(world: Path, out: Path) -> list[object]:
-        held = json.loads((world / "s.json").read_text())
-        (out / "s.json").write_text(json.dumps(held | changes))
-        return ["--sensitivity", out / "s.json"]
-
-    return write
 
 
 NORM = "model.layers.0.input_layernorm.weight"
@@ -211,6 +160,54 @@ CASES: list[tuple[str, Mistake, str]] = [
         "another dist",
     ),
     ("report", of_world("--run", "model"), "holds no finished run"),
+    # Recovery.
+    *[
+        (
+            c,
+            option("--ingredients", "heads,glue"),
+            "--ingredients has 'glue'; known are heads, neurons, shift",
+        )
+        for c in ("sensitivity", "plan", "group", "run")
+    ],
+    *[
+        (c, option("--calibration-sequences", 10_000, *more), "10000 sequences of 8 after skipping 3 need")
+        for c, *more in (["sensitivity", "--grouped"], ["plan"], ["calibrate"])
+    ],
+    ("run", option("--calibration-sequences", 10_000), "2 sequences of 8 after skipping 10003 need"),
+    ("calibrate", option("--calibration-sequences", 1), "--calibration-sequences is 1; it must be >= 2"),
+    *[(c, option("--search-budget", -1), "--search-budget is -1; it must be >= 0") for c in ("plan", "run")],
+    ("plan", option("--max-perplexity-increase", "abc"), "invalid float value: 'abc'"),
+    (
+        "plan",
+        option("--max-perplexity-increase", "-2%"),
+        "--max-perplexity-increase is -2.0; it must be >= 0",
+    ),
+    ("plan", option("--max-perplexity-increase", "nan%"), "--max-perplexity-increase is nan"),
+    *[
+        (c, option("--finish", "blocks", "--finish-tokens", 7), "a budget of 7 tokens")
+        for c in ("distill", "run")
+    ],
+    (
+        "distill",
+        option("--finish", "blocks", "--finish-sequences", 1),
+        "--finish-sequences is 1; it must be >= 2",
+    ),
+    ("run", option("--finish-sequences", 10_000), "tokens, but 10000 sequences of 8"),
+    ("sensitivity", lambda w, o: ["--grouped", "--plan", w / "plan.json"], "exclude each other"),
+    # Calibrated weights: a plan with shifts needs its own.
+    *[(c, of_world("--plan", "grouped.json"), "give it as --calibrated") for c in ("distill", "export")],
+    *[
+        (c, of_world("--calibrated", "calibrated"), "for another plan (block 0 dif")
+        for c in ("distill", "export")
+    ],
+    *[
+        (c, lambda w, o: _calibrated_for_other_drops(w, o), "other sync points")
+        for c in ("distill", "export")
+    ],
+    ("export", of_world("--calibrated", "model"), "is not a folder of `megatron-spd group --calibrated`"),
+    ("calibrate", of_world("--plan", "grouped.json"), "give the plan that `megatron-spd plan` wrote"),
+    ("calibrate", lambda w, o: ["--calibrated", w / "calibrated", "--ingredients", "norm"], "or calibration"),
+    ("calibrate", new_file("--calibrated", "thesis", "mine"), "a file is in its place"),
     # DeepSpeed's configuration.
     *[
         (c, option("--deepspeed_config", "nowhere"), "no DeepSpeed config at nowhere")
@@ -243,6 +240,10 @@ def _export_of_version(world: Path, out: Path, version: int) -> list[object]:
 
 def _distilled_by_another_plan(world: Path, out: Path) -> list[object]:
     return ["--plan", _other_drops(world, out), "--distilled", world / "distilled"]
+
+
+def _calibrated_for_other_drops(world: Path, out: Path) -> list[object]:
+    return ["--plan", _other_drops(world, out), "--calibrated", world / "calibrated"]
 
 
 def _name(case: Any) -> str | None:
@@ -278,7 +279,7 @@ WHERE = {
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("name", ["evaluate", "sensitivity", "group", "distill", "run"])
+@pytest.mark.parametrize("name", ["evaluate", "sensitivity", "group", "calibrate", "distill", "run"])
 def test_not_a_number(world: Path, tmp_path: Path, name: str, where: str) -> None:
     argv = [*arguments(name, world, tmp_path), *damaged(world, tmp_path, WHERE[where])]
     if "--plan" in argv:

@@ -329,7 +329,7 @@ def test_tools_do_what_the_commands_do(
     measured, plan = tmp_path / "s.json", tmp_path / "plan.json"
     tool("measure_sensitivity.py", *model, "--branches", BRANCHES, "--out", measured, *data(work))
     assert measured.read_bytes() == (work / "s.json").read_bytes()
-    chosen = ["--sensitivity", measured, "--branches", BRANCHES, "--drop-ratio", 0.7, *TIERS]
+    chosen = ["--sensitivity", measured, "--branches", BRANCHES, "--drop-ratio", 0.7, *TIERS, *PAPER]
     tool("make_plan.py", *model, *chosen, "--out", plan)
     assert plan.read_bytes() == (work / "plan.json").read_bytes()
     planned = [*model, "--plan", work / "grouped.json"]

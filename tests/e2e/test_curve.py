@@ -16,9 +16,9 @@ from torch import Tensor
 from megatron_spd import cli, curve_variants, stages
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.compensation import calibrate_into
-from megatron_spd.config import VARIANTS
 from megatron_spd.evaluate.perplexity import plan_perplexity
 from megatron_spd.grouping.calibrate import Ingredients
+from megatron_spd.options import VARIANTS
 from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import initialize
 from tests.command_line import answer, command, files

@@ -23,15 +23,20 @@ from megatron_spd import cli
 from megatron_spd.calibration.stream import BlockStreamer
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.checkpoint.safetensors_io import ShardWriter
-from megatron_spd.distill import loop, units
+from megatron_spd.distill import checkpoints, loop, units
 from megatron_spd.runtime.distributed import initialize
 from megatron_spd.sensitivity import sweep as sweep_module
+from megatron_spd.sensitivity.measure import SetMeasurer
 from tests.command_line import ERROR, answer, files
+from tests.e2e.full_run import make_world
+from tests.e2e.full_run import run_arguments as full_arguments
 from tests.models import make_llama, tiny_text
 from tests.ranks import run_ranks
 
 LAYERS, BRANCHES = 4, 2
 DATA = ["--sequences", 4, "--seq-length", 16]
+#: The paper's chain; the other stages are those of the second part below.
+PAPER = ["--sync-points", "attention", "--recovery", "paper"]
 #: Every dropped block is distilled and none grouped (a random model's perplexities are huge).
 TIERS = ["--tau1", -1_000_000_000, "--tau2", 1_000_000_000]
 TRAINING = ["--micro-batch-size", 1, "--learning-rate", 1e-3]
@@ -62,7 +67,7 @@ def run_arguments(work: Path, out: Path) -> list[object]:
         *DATA,
     ]
     sizes = ["--eval-sequences", 2, "--distill-sequences", 8, "--epochs", 2]
-    return [*fixed, *sizes, "--drop-ratio", 0.7, *TIERS, *TRAINING, "--tracking", "none"]
+    return [*fixed, *sizes, "--drop-ratio", 0.7, *TIERS, *PAPER, *TRAINING, "--tracking", "none"]
 
 
 # ---- a run, killed ------------------------------------------------------------------------------------------------
@@ -85,18 +90,22 @@ def on_call(number: int, function: Callable[..., Any], then: Callable[..., Any])
     return counted
 
 
+def and_die(function: Callable[..., object]) -> Callable[..., NoReturn]:
+    """``function``, and then the end."""
+
+    def last(*args: Any, **kwargs: Any) -> NoReturn:
+        function(*args, **kwargs)
+        kill_self()
+
+    return last
+
+
 def _in_the_middle_of_the_second_unit() -> None:
     loop.TrainingLoop._step = on_call(14 + 6, loop.TrainingLoop._step, kill_self)  # type: ignore[method-assign]
 
 
 def _between_units() -> None:
-    save = units.UnitStore.save
-
-    def save_and_die(*args: Any, **kwargs: Any) -> None:
-        save(*args, **kwargs)
-        kill_self()
-
-    units.UnitStore.save = save_and_die  # type: ignore[method-assign]
+    units.UnitStore.save = and_die(units.UnitStore.save)  # type: ignore[method-assign]
 
 
 def _between_a_units_weights_and_its_record() -> None:
@@ -123,13 +132,18 @@ def run_until_killed(place: Callable[[], None], argv: list[str]) -> None:
     cli.main(argv)
 
 
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__.strip("_"))
-def test_a_killed_run_ends_with_the_same_bytes(work: Path, tmp_path: Path, place: Callable[[], None]) -> None:
-    argv = [str(a) for a in run_arguments(work, tmp_path / "run")]
+def kill_at(place: Callable[[], None], argv: list[str]) -> None:
+    """Start `megatron-spd ARGV`, which must get to ``place`` and die there."""
     process = multiprocessing.get_context("forkserver").Process(target=run_until_killed, args=(place, argv))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__.strip("_"))
+def test_a_killed_run_ends_with_the_same_bytes(work: Path, tmp_path: Path, place: Callable[[], None]) -> None:
+    argv = [str(a) for a in run_arguments(work, tmp_path / "run")]
+    kill_at(place, argv)
     distilled = tmp_path / "run" / "distill"
     finished = sorted(distilled.glob("unit_*.json"))
     assert len(finished) == PLACES[place]
@@ -143,6 +157,78 @@ def test_a_killed_run_ends_with_the_same_bytes(work: Path, tmp_path: Path, place
     assert len(list(distilled.glob("unit_*.json"))) == 3
     assert files(tmp_path / "run" / "export") == files(work / "whole" / "export")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in (work / "whole").iterdir()}
+
+
+# ---- a full recovery, killed --------------------------------------------------------------------------------------
+
+
+#: The three points that go first make a unit of two blocks and one of one.
+TWO_UNITS = ["--drop-count", 3]
+
+
+@pytest.fixture(scope="module")
+def full_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained model, a text, and the export of an uninterrupted full recovery in ``whole``."""
+    folder = make_world(tmp_path_factory.mktemp("full"))
+    answer(*full_arguments(folder, folder / "whole", *TWO_UNITS))
+    assert len(list((folder / "whole" / "calibrated").glob("unit_*.json"))) == 2
+    return folder
+
+
+def _while_sweeping_grouped() -> None:
+    sweep_module._SAVE_EVERY = 0.0
+    sweep_module._save = on_call(2, sweep_module._save, and_die(sweep_module._save))  # type: ignore[assignment]
+
+
+def _in_the_search() -> None:
+    # The first set is the empty one, for the plain model.
+    measure = SetMeasurer.__call__
+    SetMeasurer.__call__ = on_call(3, measure, kill_self)  # type: ignore[method-assign]
+
+
+def _between_calibrated_units() -> None:
+    units.UnitStore.save = and_die(units.UnitStore.save)  # type: ignore[method-assign]
+
+
+def _between_a_calibrated_units_weights_and_its_record() -> None:
+    # The first text is the store's identity, the others are records of units.
+    units.write_text_atomic = on_call(3, units.write_text_atomic, kill_self)  # type: ignore[attr-defined]
+
+
+def _in_the_finishing_pass() -> None:
+    checkpoints._SAVE_EVERY = 0.0
+    save = checkpoints.Checkpoints.save
+    checkpoints.Checkpoints.save = on_call(2, save, and_die(save))  # type: ignore[method-assign]
+
+
+#: Where the process kills itself, a file that is there then, and one that is not yet.
+FULL_PLACES: dict[Callable[[], None], tuple[str, str]] = {
+    _while_sweeping_grouped: ("sensitivity.unfinished", "sensitivity.json"),
+    _in_the_search: ("search.json", "stages/plan.json"),
+    _between_calibrated_units: ("calibrated/unit_*.json", "stages/group.json"),
+    _between_a_calibrated_units_weights_and_its_record: ("calibrated/unit_*.json", "stages/group.json"),
+    _in_the_finishing_pass: ("finish/unfinished/latest.json", "finish/record.json"),
+}
+
+
+@pytest.mark.parametrize("place", FULL_PLACES, ids=lambda place: place.__name__.strip("_"))
+def test_a_killed_full_recovery_ends_with_the_same_bytes(
+    full_world: Path, tmp_path: Path, place: Callable[[], None]
+) -> None:
+    out, whole = tmp_path / "run", full_world / "whole"
+    argv = [str(a) for a in full_arguments(full_world, out, *TWO_UNITS)]
+    kill_at(place, argv)
+    there, not_yet = FULL_PLACES[place]
+    (held,) = out.glob(there)
+    assert not (out / not_yet).exists()
+    before = held.stat().st_ino
+
+    answer(*argv)
+    if held.parent.name == "calibrated":
+        assert held.stat().st_ino == before  # a unit calibrated again would have been written again
+    assert files(out / "export") == files(whole / "export")
+    assert files(out / "calibrated") == files(whole / "calibrated")
+    assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
 
 
 # ---- a rank, killed -----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_spd.calibration.stream import BlockStreamer
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.distill.engine import EngineSettings, deepspeed_config, make_engine
-from megatron_spd.distill.losses import LOSSES
+from megatron_spd.distill.losses import make_loss
 from megatron_spd.models.build import BlockUnit
 from megatron_spd.plan import BlockSchedule
 from megatron_spd.runtime.distributed import Runtime
@@ -32,7 +32,7 @@ Step = Callable[[Tensor, Tensor], float]
 
 def engine_step(student: BlockUnit, config: dict[str, Any], loss_name: str) -> Step:
     """A step as ``megatron_spd.distill.recipe`` makes it."""
-    engine, loss_of = make_engine(student, config), LOSSES[loss_name]
+    engine, loss_of = make_engine(student, config), make_loss(loss_name)
 
     def step(x: Tensor, target: Tensor) -> float:
         loss = loss_of(engine(x), target)
@@ -46,7 +46,7 @@ def engine_step(student: BlockUnit, config: dict[str, Any], loss_name: str) -> S
 def bare_step(student: BlockUnit, config: dict[str, Any], loss_name: str) -> Step:
     """The same step without DeepSpeed. Its learning rate stays at the greatest."""
     given = {k: config["optimizer"]["params"][k] for k in ("lr", "betas", "eps", "weight_decay")}
-    parameters, loss_of = list(student.parameters()), LOSSES[loss_name]
+    parameters, loss_of = list(student.parameters()), make_loss(loss_name)
     optimizer = torch.optim.AdamW(parameters, **given)
 
     def step(x: Tensor, target: Tensor) -> float:
