@@ -36,7 +36,7 @@ from megatron_spd.errors import UserError
 from megatron_spd.evaluate.folders import check_same_vocabulary, measure_folders
 from megatron_spd.evaluate.tasks import load_tasks, task_names
 from megatron_spd.files import write_text_atomic
-from megatron_spd.plan import SPDPlan
+from megatron_spd.plan import BlockPlan, SPDPlan
 from megatron_spd.planning import SetSearch, choose_plan, make_search, read_scores
 from megatron_spd.report.evaluation import evaluation_text
 from megatron_spd.report.plots import plot_sensitivity
@@ -254,16 +254,21 @@ def _distilled_folder(path: str, plan: SPDPlan) -> Path:
 
 
 def _calibrated_folder(path: str | None, plan: SPDPlan) -> Path | None:
-    """``--calibrated``, which a plan with shifts cannot do without: their values are nowhere else."""
+    """``--calibrated``, which a plan with shifts or branch norms (a re-fit has them) cannot do without: their values
+    are nowhere else."""
     if path is None:
-        shifted = [i for i, b in enumerate(plan.blocks) if b.attention_shift or b.mlp_shift]
-        if shifted:
+        needed = [i for i in range(plan.num_layers) if _has_values(plan.blocks[i])]
+        if needed:
             raise UserError(
-                f"the plan has shifts (first: block {shifted[0]}) whose values lie in the folder that `megatron-spd "
-                "group --calibrated` wrote; give it as --calibrated"
+                f"the plan has shifts or norms (first: block {needed[0]}) whose values lie in the folder that "
+                "`megatron-spd group --calibrated` wrote; give it as --calibrated"
             )
         return None
     return check_calibrated_for(plan, Path(path))
+
+
+def _has_values(block: BlockPlan) -> bool:
+    return block.attention_shift or block.mlp_shift or block.attention_norm or block.mlp_norm
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:

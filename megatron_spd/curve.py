@@ -40,31 +40,15 @@ from megatron_spd.plan import SPDPlan
 from megatron_spd.planning import Choice, SetSearch, choose_plan, make_search
 from megatron_spd.progress import progress_bar
 from megatron_spd.report.curve import CURVE_FILE, write_curve_report
-from megatron_spd.run_folder import RunFolder
+from megatron_spd.run_folder import RunFolder, run_identity
 from megatron_spd.runtime.distributed import Runtime
 from megatron_spd.sensitivity.orders import compare_orders
 from megatron_spd.sensitivity.sweep import Method, sweep
 from megatron_spd.sensitivity.tiers import scores_from
 from megatron_spd.stages import TrainingText
 
-#: Options that may differ when a curve is continued.
-_FREE_OPTIONS = {
-    "config",
-    "json",
-    "debug",
-    "local_rank",
-    "max_minutes",
-    "tracking",
-    "out",
-    "ranks",
-    "tensor_parallel",
-    "ratios",
-    "variants",
-    "tasks",
-    "limit",
-    "task_variants",
-    "orders",
-}
+#: Options that may differ when a curve is continued, beside those of a run.
+_FREE_OPTIONS = ("ratios", "variants", "tasks", "limit", "task_variants", "orders")
 
 
 def run_curve(reader: CheckpointReader, runtime: Runtime, options: CurveOptions) -> dict[str, Any]:
@@ -113,11 +97,9 @@ class _Texts:
 
 
 def _identity(reader: CheckpointReader, options: CurveOptions, texts: _Texts) -> dict[str, Any]:
-    named = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE_OPTIONS}
     training = texts.training
     pieces = (texts.measured, texts.calibration, training.units, training.finish, texts.scoring)
-    text = hashlib.sha256(b"".join(t.numpy().tobytes() for t in pieces)).hexdigest()
-    return {"kind": "curve", "fingerprint": reader.fingerprint(), "text": text, **named}
+    return {"kind": "curve"} | run_identity(reader.fingerprint(), options, pieces, _FREE_OPTIONS)
 
 
 class _Curve:

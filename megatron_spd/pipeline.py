@@ -8,7 +8,6 @@ RUN/sensitivity.json    RUN/plan.json    RUN/distill/    RUN/export/    RUN/repo
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -35,25 +34,13 @@ from megatron_spd.evaluate.statistics import paired_difference, perplexity_inter
 from megatron_spd.plan import BaseModel, SPDPlan
 from megatron_spd.planning import Choice, choose_plan, make_search
 from megatron_spd.report.run import write_report
-from megatron_spd.run_folder import RunFolder
+from megatron_spd.run_folder import RunFolder, run_identity
 from megatron_spd.runtime.distributed import Runtime
 from megatron_spd.sensitivity.sweep import Method, sweep
 from megatron_spd.stages import TrainingText
 
 PROMPT = "The most important thing about a network of computers is"
 _SAMPLE_TOKENS = 40
-#: Options that may differ when a run is continued.
-_FREE_OPTIONS = {
-    "config",
-    "json",
-    "debug",
-    "local_rank",
-    "max_minutes",
-    "tracking",
-    "out",
-    "ranks",
-    "tensor_parallel",
-}
 
 
 def run_pipeline(reader: CheckpointReader, runtime: Runtime, options: RunOptions) -> dict[str, Any]:
@@ -63,7 +50,8 @@ def run_pipeline(reader: CheckpointReader, runtime: Runtime, options: RunOptions
     if options.recovery in ("paper", "full"):
         # Here, before hours of measuring.
         training.check(options, runtime.dp_size)
-    identity = _identity(reader, options, tokens, training.units, training.finish, scoring)
+    pieces = (tokens, training.units, training.finish, scoring)
+    identity = run_identity(reader.fingerprint(), options, pieces)
     folder = RunFolder(Path(options.out), identity, runtime)
     with Tracker(options.tracking, folder.folder, runtime.is_main) as tracker:
         tracker.config(dataclasses.asdict(options))
@@ -78,12 +66,6 @@ def _texts(reader: CheckpointReader, options: RunOptions) -> tuple[Tensor, Train
     used = 0 if options.eval_data else max(measured, len(training))
     scored = dataclasses.replace(options, data=options.eval_data or options.data)
     return tokens, training, stages.calibration_tokens(reader, scored, options.eval_sequences, used)
-
-
-def _identity(reader: CheckpointReader, options: RunOptions, *texts: Tensor) -> dict[str, Any]:
-    named = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE_OPTIONS}
-    text = hashlib.sha256(b"".join(t.numpy().tobytes() for t in texts)).hexdigest()
-    return {"fingerprint": reader.fingerprint(), "text": text, **named}
 
 
 class _Pipeline:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from megatron_spd.errors import UserError
 from megatron_spd.files import write_text_atomic
@@ -14,6 +18,33 @@ from megatron_spd.runtime.distributed import Runtime
 
 #: Parts of a run's identity that say nothing to a reader, and what they stand for.
 _HASHES = {"fingerprint": "model", "text": "text"}
+
+
+#: Options that may differ when a run is continued: they do not change what is computed.
+FREE_OPTIONS = frozenset(
+    {
+        "config",
+        "json",
+        "debug",
+        "local_rank",
+        "max_minutes",
+        "tracking",
+        "out",
+        "ranks",
+        "tensor_parallel",
+    }
+)
+
+
+def run_identity(
+    fingerprint: str, options: Any, texts: Iterable[Tensor], free: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What a run is: the model, a hash of all pieces of text [n, s], and every option but :data:`FREE_OPTIONS` and
+    ``free``."""
+    left_out = FREE_OPTIONS | set(free)
+    named = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
+    text = hashlib.sha256(b"".join(t.numpy().tobytes() for t in texts)).hexdigest()
+    return {"fingerprint": fingerprint, "text": text, **named}
 
 
 class RunFolder:

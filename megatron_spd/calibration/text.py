@@ -70,7 +70,7 @@ def token_batches(
         passed = f" after skipping {skip}" if skip else ""
         raise UserError(
             f"the text has {len(tokens)} tokens, but {sequences} sequences of {seq_length}{passed} need {needed}; "
-            "lower --sequences or --seq-length, or give a longer text"
+            "use fewer or shorter pieces (--seq-length, and the options that end in sequences), or give a longer text"
         )
     return torch.tensor(tokens[skip * seq_length : needed], dtype=torch.int64).view(sequences, seq_length)
 

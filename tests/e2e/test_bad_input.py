@@ -83,7 +83,7 @@ CASES: list[tuple[str, Mistake, str]] = [
         (c, text(TEXT.encode()), "tokens, but 3 sequences of 8")
         for c in ("evaluate", "sensitivity", "group", "distill")
     ],
-    ("run", text(tiny_text(1).encode()), "lower --sequences or --seq-length, or give a longer text"),
+    ("run", text(tiny_text(1).encode()), "use fewer or shorter pieces"),
     ("distill", option("--sequences", 1), "at least 2"),
     ("distill", option("--gradient-accumulation", 50), "use more sequences or a smaller batch"),
     ("run", option("--gradient-accumulation", 50), "use more sequences or a smaller batch"),
