@@ -12,7 +12,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LITTLE = (
-    "--sequences 1 --seq-length 64 --distill-sequences 8 --eval-sequences 4 --epochs 1 --micro-batch-size 1"
+    "--sequences 1 --seq-length 64 --calibration-sequences 8 --search-budget 2 --distill-sequences 8 "
+    "--finish-sequences 16 --eval-sequences 4 --epochs 1 --micro-batch-size 1"
 )
 
 
@@ -20,8 +21,8 @@ LITTLE = (
 def test_smollm2(tmp_path: Path) -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", str(EXAMPLES / "smollm2-135m" / "run.sh"), str(tmp_path), *LITTLE.split()]
-    # All attention points but two, so that the sensitive blocks at both ends are grouped and distilled.
-    command += ["--drop-ratio", "0.93", "--tracking", "none", "--json"]
+    # All attention points but two, so that sensitive blocks are distilled too.
+    command += ["--sync-points", "attention", "--drop-ratio", "0.93", "--tracking", "none", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
@@ -30,6 +31,9 @@ def test_smollm2(tmp_path: Path) -> None:
     assert result["bytes_per_token"] == {"before": 60 * 576 * 4, "after": 32 * 576 * 4}
     perplexity = result["perplexity"]
     assert perplexity["plain"] < perplexity["final"] < perplexity["zero_shot"]
+    assert perplexity["grouped"] < perplexity["zero_shot"]
+    assert result["finish"]["kl_after"] < result["finish"]["kl_before"]
     assert result["samples"]["spd"].strip()
-    for name in ("report.html", "report.md", "sensitivity.png", "perplexity.png", "losses.png"):
+    drawn = ("sensitivity", "search", "guard", "perplexity", "losses", "finish")
+    for name in ("report.html", "report.md", *(f"{name}.png" for name in drawn)):
         assert (tmp_path / "run" / "report" / name).stat().st_size > 1000
