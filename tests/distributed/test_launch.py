@@ -114,7 +114,12 @@ def test_killed_rank_is_named_within_seconds(pids: Path, case: str) -> None:
     [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, None), (signal.SIGKILL, -signal.SIGKILL)],
 )
 def test_no_rank_outlives_the_launching_process(pids: Path, sent: signal.Signals, code: int | None) -> None:
-    script = f"from megatron_spd.runtime.launch import launch; launch(['sleep', {str(pids)!r}], {RANKS}, {PROGRAM!r})"
+    # A shell's background job ignores SIGINT, and so would its children.
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from megatron_spd.runtime.launch import launch\n"
+        f"launch(['sleep', {str(pids)!r}], {RANKS}, {PROGRAM!r})"
+    )
     with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL) as parent:
         ranks = wait_for_ranks(pids)
         family = psutil.Process(parent.pid).children(recursive=True)
