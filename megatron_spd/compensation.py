@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from megatron_spd.calibration.stream import BlockStreamer, UnitVariants, plain_variants
-from megatron_spd.calibration.text import read_text, token_batches
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.distill.units import UnitStore, plan_mark
 from megatron_spd.errors import UserError
@@ -27,6 +26,7 @@ from megatron_spd.models.build import inverse_frequencies
 from megatron_spd.options import INGREDIENTS, GroupingOptions
 from megatron_spd.plan import BlockPlan, SPDPlan
 from megatron_spd.runtime.distributed import Runtime
+from megatron_spd.stages import calibration_tokens
 
 
 def make_calibrator(streamer: BlockStreamer, branches: int, ingredients: Ingredients) -> UnitCalibrator:
@@ -57,10 +57,7 @@ def chosen_ingredients(options: GroupingOptions) -> Ingredients:
 
 def calibration_pieces(reader: CheckpointReader, options: GroupingOptions) -> Tensor:
     """The pieces of ``--data`` to calibrate on: behind those that sensitivity and sets are measured on."""
-    text = read_text(options.data)
-    return token_batches(
-        reader.tokenizer(), text, options.calibration_sequences, options.seq_length, options.sequences
-    )
+    return calibration_tokens(reader, options, options.calibration_sequences, options.sequences)
 
 
 def measured_variants(

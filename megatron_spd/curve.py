@@ -11,7 +11,6 @@ CURVE/curve.json    all numbers, after every measurement; curve.png, curve.md an
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -25,9 +24,7 @@ from torch import Tensor
 
 from megatron_spd import stages
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.compensation import (
-    calibration_pieces,
-)
+from megatron_spd.compensation import calibration_pieces
 from megatron_spd.config import CurveOptions
 from megatron_spd.curve_variants import TRAINED, Variants
 from megatron_spd.errors import UserError
@@ -85,14 +82,11 @@ class _Texts:
     def read(cls, reader: CheckpointReader, options: CurveOptions) -> _Texts:
         training = TrainingText.of(reader, options, options.distill_sequences, options.finish_sequences)
         used = max(options.sequences + options.calibration_sequences, len(training))
-        scored = dataclasses.replace(options, data=options.eval_data or options.data)
         return cls(
             stages.calibration_tokens(reader, options),
             calibration_pieces(reader, options),
             training,
-            stages.calibration_tokens(
-                reader, scored, options.eval_sequences, 0 if options.eval_data else used
-            ),
+            stages.scoring_tokens(reader, options, used),
         )
 
 

@@ -30,7 +30,7 @@ from megatron_spd.grouping.calibrate import Ingredients
 from megatron_spd.grouping.permute import planned_weights
 from megatron_spd.grouping.provider import CalibratedUnits
 from megatron_spd.options import TrainingOptions
-from megatron_spd.plan import SPDPlan
+from megatron_spd.plan import BRANCH_FLAGS, SPDPlan
 from megatron_spd.run_folder import RunFolder
 from megatron_spd.runtime.distributed import Runtime
 from megatron_spd.stages import TrainingText
@@ -138,10 +138,9 @@ class Variants:
         units = self.calibrated(variant)
         blocks: dict[int, BlockVariant] = {}
         for unit in plan.units():
-            blocks |= units(tuple(p for p in plan.dropped if p // 2 in unit))
+            blocks |= units(plan.points_in(unit))
         for block, found in blocks.items():
-            flags = ("attention_shift", "mlp_shift", "attention_norm", "mlp_norm")
-            plan = plan.with_block(block, **{name: getattr(found.schedule, name) for name in flags})
+            plan = plan.with_block(block, **{name: getattr(found.schedule, name) for name in BRANCH_FLAGS})
 
         def weights(block: int) -> Mapping[str, Tensor]:
             own = blocks[block].own if block in blocks else None

@@ -14,8 +14,8 @@ from megatron_spd.distill.loop import TrainingLoop
 from megatron_spd.files import write_text_atomic
 from megatron_spd.runtime.distributed import Runtime
 
-#: Seconds between checkpoints.
-_SAVE_EVERY = 120.0
+#: Least seconds between checkpoints, and how many times longer than writing one they are apart at least.
+_SAVE_EVERY, _COST = 120.0, 30.0
 
 
 class Checkpoints:
@@ -27,13 +27,16 @@ class Checkpoints:
 
     def __init__(self, folder: Path, runtime: Runtime) -> None:
         self.folder, self.runtime = folder, runtime
-        self._saved = time.monotonic()
+        self._saved, self._pause = time.monotonic(), _SAVE_EVERY
 
     def save_if_due(self, loop: TrainingLoop) -> None:
-        """Save if the last checkpoint is :data:`_SAVE_EVERY` seconds old (by the main rank's clock)."""
-        if self.runtime.from_main(time.monotonic() - self._saved > _SAVE_EVERY):
+        """Save if the last checkpoint is old enough (by the main rank's clock) that saving takes a small share of the
+        time."""
+        due = time.monotonic()
+        if self.runtime.from_main(due - self._saved > self._pause):
             self.save(loop)
             self._saved = time.monotonic()
+            self._pause = max(_SAVE_EVERY, _COST * (self._saved - due))
 
     def save(self, loop: TrainingLoop) -> None:
         """Save the state of ``loop`` and its engine: a collective of all ranks."""

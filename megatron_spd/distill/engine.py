@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_spd.errors import UserError
-from megatron_spd.runtime.cpu import without_compiled_collectives
+from megatron_spd.runtime.cpu import keep_freed_memory, without_compiled_collectives
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ def make_engine(student: nn.Module, config: dict[str, Any]) -> Any:
     from deepspeed.utils import logger
 
     without_compiled_collectives()
+    keep_freed_memory()
     # DeepSpeed insists on it; a process that no launcher started is the only one of its machine.
     os.environ.setdefault("LOCAL_RANK", "0")
     # Its warnings go to standard output, one for every engine.

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_spd.models.build import ModelShape
-from megatron_spd.models.weights import from_megatron, unshard_block
+from megatron_spd.models.build import ModelShape, layer_shard
+from megatron_spd.models.weights import unshard_block
 from megatron_spd.runtime.distributed import Runtime
 
 
@@ -18,11 +18,8 @@ def full_block(
 ) -> dict[str, Tensor]:
     """A Megatron-core layer's weights under their Hugging Face ``names``, on the CPU of the first rank of a replica
     (empty elsewhere), gathered tensor by tensor: a collective of the replica."""
-    state = {name: p.detach() for name, p in layer.named_parameters()}
-    groups = shape.kv_groups // runtime.tp_size
-    shard = from_megatron(state, shape.family, groups, shape.head_dim, names)
     full: dict[str, Tensor] = {}
-    for name, tensor in shard.items():
+    for name, tensor in layer_shard(layer, names, shape, runtime).items():
         tensor = tensor.contiguous()
         if runtime.tp_size == 1 or shape.family.tensor(name).dim is None:
             parts = [tensor]

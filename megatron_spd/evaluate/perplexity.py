@@ -42,7 +42,7 @@ def _final_stream(
     """The stream behind the last block."""
     x: Sequence[Tensor] = streamer.embed(tokens)
     pending: Sequence[Tensor | None] = [None] * len(x)
-    units = {u.start: tuple(p for p in plan.dropped if p // 2 in u) for u in plan.units()}
+    units = {u.start: plan.points_in(u) for u in plan.units()}
     own: Mapping[int, BlockVariant] = {}
     with progress_bar(streamer.runtime, what, plan.num_layers, "block") as bar:
         for block in range(plan.num_layers):

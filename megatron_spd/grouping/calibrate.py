@@ -291,12 +291,13 @@ class _BlockWalk:
 
     def _exchange(self, dense: BlockFormulas, writing: Tensor, judge: Sequence[Chunk]) -> float:
         """Energy of the next attention's output error for each unit of energy that its branches do not see."""
-        trial = _Trial("", InputFit(), None)
         branch = torch.arange(len(writing), device=writing.device) * self.branches // len(writing)
         unseen = float(writing.gather(1, branch[:, None]).sum() - writing.sum())
-        return self._error_of(lambda c: self._next_error("mlp", dense, dense, trial, c), judge) / max(
-            unseen, 1e-30
-        )
+
+        def error(chunk: Chunk) -> Tensor:
+            return self._next_error(self._advance("mlp", dense, dense, InputFit(), True, chunk), chunk)
+
+        return self._error_of(error, judge) / max(unseen, 1e-30)
 
     # ---- the guard --------------------------------------------------------------------------------------------
 
@@ -308,10 +309,10 @@ class _BlockWalk:
         own = self._changed(sublayer, trial)
 
         def error(chunk: Chunk) -> Tensor:
-            after = self._advance(sublayer, dense, own, trial.fit, False, chunk)
-            difference = (after.x - after.dense).square().sum(-1)
+            after = self._advance(sublayer, dense, own, trial.fit, True, chunk)
+            difference = (after.synced() - after.dense).square().sum(-1)
             if drop and sublayer == "mlp":
-                difference = difference + self._next_error(sublayer, dense, own, trial, chunk)
+                difference = difference + self._next_error(after, chunk)
             return difference
 
         def size(chunk: Chunk) -> Tensor:
@@ -319,12 +320,10 @@ class _BlockWalk:
 
         return self._error_of(error, judge) / max(self._error_of(size, judge), 1e-30)
 
-    def _next_error(
-        self, sublayer: str, dense: BlockFormulas, own: BlockFormulas, trial: _Trial, chunk: Chunk
-    ) -> Tensor:
-        """[s, b]: squared error of the next block's attention output with a plain shift, this point dropped."""
+    def _next_error(self, after: Chunk, chunk: Chunk) -> Tensor:
+        """[s, b]: squared error of the next block's attention output with a plain shift, where the MLP point behind
+        ``chunk`` is dropped and leaves ``after``."""
         following = self._following()
-        after = self._advance(sublayer, dense, own, trial.fit, True, chunk)
         inputs, ordinary = after.branch_inputs(), ordinary_tokens(chunk.dense)
         shift = (after.dense - inputs)[:, ordinary].mean(1)
         z = following.normed(inputs + shift[:, None, None], "attention")
@@ -382,8 +381,8 @@ class _BlockWalk:
         partial = own.partial(sublayer, read_inputs(own, sublayer, fit, chunk))
         x = with_bias(chunk.x, own, sublayer)
         pending = partial if chunk.pending is None else chunk.pending + partial
-        after = self._dense_after(sublayer, dense, chunk)
-        return Chunk(after, x, pending) if drop else Chunk(after, x + pending.sum(0))
+        after = Chunk(self._dense_after(sublayer, dense, chunk), x, pending)
+        return after if drop else Chunk(after.dense, after.synced())
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ class Chunk:
         """X + P_g [G, s, b, h], or X [1, s, b, h] where nothing is pending."""
         return self.x[None] if self.pending is None else self.x + self.pending
 
+    def synced(self) -> Tensor:
+        """X [s, b, h] as it is where the ranks sync here."""
+        return self.x if self.pending is None else self.x + self.pending.sum(0)
+
 
 @dataclass(frozen=True)
 class Sample:

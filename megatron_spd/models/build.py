@@ -152,13 +152,6 @@ class BlockUnit(nn.Module):
         shard = shard_block(weights, shape.family, runtime.tp_rank, runtime.tp_size)
         load_layer(self.blocks.layers[index], shard, shape, runtime)
 
-    def hf_shard(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """This rank's shard of layer ``index`` under Hugging Face ``names``."""
-        state = dict(self.blocks.layers[index].named_parameters())
-        groups = self.shape.kv_groups // self.runtime.tp_size
-        shard = from_megatron(state, self.shape.family, groups, self.shape.head_dim, names)
-        return {name: tensor.detach() for name, tensor in shard.items()}
-
 
 def layer_state(
     shard: Weights, shape: ModelShape, runtime: Runtime, dtype: torch.dtype, names: Iterable[str]
@@ -175,6 +168,14 @@ def load_layer(layer: nn.Module, shard: Weights, shape: ModelShape, runtime: Run
     state = layer_state(shard, shape, runtime, dtype, parameters)
     for name, parameter in parameters.items():
         parameter.data.copy_(state[name])
+
+
+def layer_shard(
+    layer: nn.Module, names: Iterable[str], shape: ModelShape, runtime: Runtime
+) -> dict[str, Tensor]:
+    """This rank's shard of a Megatron-core layer under Hugging Face ``names``: the inverse of :func:`load_layer`."""
+    state = {name: p.detach() for name, p in layer.named_parameters()}
+    return from_megatron(state, shape.family, shape.kv_groups // runtime.tp_size, shape.head_dim, names)
 
 
 def refer_to(layer: nn.Module, state: Weights) -> None:
@@ -207,13 +208,14 @@ def build_gpt_model(
     tensor: Callable[[str], Tensor],
     runtime: Runtime,
     dtype: torch.dtype,
+    fused_attention: bool = False,
     **overrides: Any,
 ) -> GPTModel:
     """The whole model on this rank under ``plan``, weights loaded.
 
     ``block_weights(i)``: full Hugging Face tensors of block ``i`` in the plan's permuted order;
     ``tensor(name)``: any other tensor. The vocabulary is padded with zero rows to a multiple of M;
-    ``logits[..., :vocab_size]`` are the model's.
+    ``logits[..., :vocab_size]`` are the model's. ``fused_attention``: for evaluation and inference (no dropout).
     """
     hf, family = shape.hf_config, shape.family
     config = transformer_config(shape, runtime, dtype, **overrides)
@@ -221,7 +223,7 @@ def build_gpt_model(
     vocab = -(-hf["vocab_size"] // runtime.tp_size) * runtime.tp_size
     model = GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_spd_spec(config, plan),
+        transformer_layer_spec=get_gpt_layer_spd_spec(config, plan, fused_attention),
         vocab_size=vocab,
         max_sequence_length=hf.get("max_position_embeddings", 2048),
         share_embeddings_and_output_weights=tied,

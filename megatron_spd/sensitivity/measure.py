@@ -72,10 +72,7 @@ class SetMeasurer:
     def states(self, points: Sequence[int]) -> list[Tensor]:
         """The stream behind the last block with exactly ``points`` dropped."""
         plan = self._dense.with_drops(points)
-        dropped = set(plan.dropped)
-        units: _Units = tuple(
-            (u.start, tuple(sorted(dropped & set(range(2 * u.start, 2 * u.stop))))) for u in plan.units()
-        )
+        units: _Units = tuple((u.start, plan.points_in(u)) for u in plan.units())
         trace = max(self._traces, key=lambda t: t.shared(units))
         first = trace.shared(units)
         states = {block: x for block, x in trace.states.items() if block <= first}

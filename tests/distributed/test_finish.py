@@ -189,7 +189,7 @@ class Interrupted(Exception):
 
 def interrupted(model: Path, out: Path, tp: int, given: FinishSettings, at: int) -> int:
     """A pass that saves after every step and stops in step ``at``; the steps that were made."""
-    step, every, made = TrainingLoop._step, checkpoints._SAVE_EVERY, 0
+    step, pauses, made = TrainingLoop._step, (checkpoints._SAVE_EVERY, checkpoints._COST), 0
 
     def counted(self: TrainingLoop, number: int, batches: list[Tensor]) -> None:
         nonlocal made
@@ -198,13 +198,15 @@ def interrupted(model: Path, out: Path, tp: int, given: FinishSettings, at: int)
         made += 1
         step(self, number, batches)
 
-    TrainingLoop._step, checkpoints._SAVE_EVERY = counted, -1.0  # type: ignore[method-assign]
+    TrainingLoop._step = counted  # type: ignore[method-assign]
+    checkpoints._SAVE_EVERY, checkpoints._COST = -1.0, -1.0
     try:
         finished(model, out, tp, given)
     except Interrupted:
         pass
     finally:
-        TrainingLoop._step, checkpoints._SAVE_EVERY = step, every  # type: ignore[method-assign]
+        TrainingLoop._step = step  # type: ignore[method-assign]
+        checkpoints._SAVE_EVERY, checkpoints._COST = pauses
     return made
 
 

@@ -196,7 +196,7 @@ def _between_a_calibrated_units_weights_and_its_record() -> None:
 
 
 def _in_the_finishing_pass() -> None:
-    checkpoints._SAVE_EVERY = 0.0
+    checkpoints._SAVE_EVERY, checkpoints._COST = 0.0, 0.0
     save = checkpoints.Checkpoints.save
     checkpoints.Checkpoints.save = on_call(2, save, and_die(save))  # type: ignore[method-assign]
 
