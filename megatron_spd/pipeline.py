@@ -63,9 +63,7 @@ def _texts(reader: CheckpointReader, options: RunOptions) -> tuple[Tensor, Train
     tokens = stages.calibration_tokens(reader, options)
     training = TrainingText.of(reader, options, options.distill_sequences, options.finish_sequences)
     measured = options.sequences + (options.calibration_sequences if options.grouped else 0)
-    used = 0 if options.eval_data else max(measured, len(training))
-    scored = dataclasses.replace(options, data=options.eval_data or options.data)
-    return tokens, training, stages.calibration_tokens(reader, scored, options.eval_sequences, used)
+    return tokens, training, stages.scoring_tokens(reader, options, max(measured, len(training)))
 
 
 class _Pipeline:
@@ -111,6 +109,7 @@ class _Pipeline:
             "recovery": self.options.recovery,
             "sync_points_total": len(plan.sync_points),
             "dropped": plan.dropped,
+            "low_bit": plan.low_bit,
             **_perplexities(losses, scoring),
             **stages.traffic(plan, _itemsize(self.reader)),
             "tiers": {i: b.tier for i, b in enumerate(plan.blocks) if b.tier},

@@ -18,19 +18,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_spd.collective import EXPECTED, FULL, NONE, CollectiveFormat, low_bit_format
 from megatron_spd.errors import PlanError, UserError
 from megatron_spd.files import write_text_atomic
 
-PLAN_VERSION = 1
+#: Version 2 added low-bit collectives; a plan of version 1 is read as it is.
+PLAN_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
-FULL = "full"
-NONE = "none"
-#: What happens at a sync point: a full all-reduce, or nothing (the point is dropped).
-COLLECTIVES = (FULL, NONE)
 #: Tiers of section 2 of the paper; "" for a block in which nothing is dropped.
 TIERS = ("", "ISB", "SB", "ESB")
 #: How a block was recovered; "" for a block in which nothing is dropped.
 RECOVERIES = ("", "zs", "b2b", "hg+b2b", "grouped", "grouped+b2b")
+
+#: Fields of a block's plan that say which vectors by branch it has.
+BRANCH_FLAGS = ("attention_shift", "mlp_shift", "attention_norm", "mlp_norm")
 
 
 def _fail(where: str, given: Any, expected: str) -> NoReturn:
@@ -68,6 +70,13 @@ def _check_permutation(value: Any, where: str, n: int) -> None:
         return
     if not isinstance(value, list) or len(value) != n or sorted(map(_as_index, value)) != list(range(n)):
         _fail(where, value, f"null or a permutation of 0..{n - 1}")
+
+
+def _check_collective(value: Any, where: str) -> None:
+    try:
+        low_bit_format(value if isinstance(value, str) else "")
+    except UserError:
+        _fail(where, value, f"{FULL!r}, {NONE!r} or {EXPECTED}")
 
 
 def _as_index(value: Any) -> int:
@@ -150,7 +159,7 @@ class BlockPlan:
             _fail(f"{where}.recovery", self.recovery, f"one of {list(RECOVERIES)}")
         _check_permutation(self.kv_group_order, f"{where}.kv_group_order", base.num_key_value_heads)
         _check_permutation(self.neuron_order, f"{where}.neuron_order", base.intermediate_size)
-        for name in ("attention_shift", "mlp_shift", "attention_norm", "mlp_norm"):
+        for name in BRANCH_FLAGS:
             if not isinstance(getattr(self, name), bool):
                 _fail(f"{where}.{name}", getattr(self, name), "true or false")
 
@@ -162,7 +171,8 @@ class BlockSchedule:
     ``pending``: branch sums enter the block unsynced (the MLP point before it is dropped).
     ``drop_attention`` / ``drop_mlp``: the block's own points. ``branches``: G.
     ``attention_shift`` / ``mlp_shift``: there is a shift at that sublayer's input. ``attention_norm`` / ``mlp_norm``:
-    that sublayer's norm has a weight and a bias for every branch.
+    that sublayer's norm has a weight and a bias for every branch. ``attention_collective`` / ``mlp_collective``: what
+    runs at a kept point, "full" or a low-bit format ("full" for a dropped one).
     """
 
     branches: int
@@ -173,16 +183,20 @@ class BlockSchedule:
     mlp_shift: bool = False
     attention_norm: bool = False
     mlp_norm: bool = False
+    attention_collective: str = FULL
+    mlp_collective: str = FULL
 
     @property
     def is_stock(self) -> bool:
-        """Nothing dropped, pending or different for each branch: the stock tensor-parallel block computes it."""
+        """Nothing dropped, pending, low-bit or different for each branch: the stock tensor-parallel block computes
+        it."""
         return self == BlockSchedule(self.branches)
 
 
 @dataclass(frozen=True)
 class SPDPlan:
-    """A whole plan. ``sync_points`` has 2L entries of :data:`COLLECTIVES`; ``blocks`` has L.
+    """A whole plan. ``sync_points`` has 2L entries: "none" (the point is dropped), "full", or a low-bit format (see
+    ``collective.py``); ``blocks`` has L.
 
     ``provenance`` is free JSON: data, tokens, seed, package versions, measured figures.
     """
@@ -204,13 +218,23 @@ class SPDPlan:
         return plan
 
     def with_drops(self, points: Sequence[int]) -> SPDPlan:
-        """A copy in which exactly ``points`` (0..2L-1) are dropped."""
+        """A copy in which exactly ``points`` (0..2L-1) are dropped; kept points keep their collective."""
         for p in points:
             if not 0 <= p < len(self.sync_points):
                 raise UserError(f"sync point {p} is not in 0..{len(self.sync_points) - 1}")
         dropped = set(points)
+        kept = [FULL if c == NONE else c for c in self.sync_points]
         return dataclasses.replace(
-            self, sync_points=[NONE if p in dropped else FULL for p in range(len(self.sync_points))]
+            self, sync_points=[NONE if p in dropped else c for p, c in enumerate(kept)]
+        )
+
+    def with_collectives(self, attention: str = FULL, mlp: str = FULL) -> SPDPlan:
+        """A copy in which every kept point after an attention or an MLP runs that collective: "full" or low-bit."""
+        names = [c if c == FULL else str(CollectiveFormat.parse(c)) for c in (attention, mlp)]
+        dropped = set(self.dropped)
+        return dataclasses.replace(
+            self,
+            sync_points=[NONE if p in dropped else names[p % 2] for p in range(len(self.sync_points))],
         )
 
     def with_block(self, block: int, **changes: Any) -> SPDPlan:
@@ -235,9 +259,14 @@ class SPDPlan:
         synced at the end of the model."""
         return [p for p, c in enumerate(self.sync_points[:-1]) if c == NONE]
 
+    @property
+    def low_bit(self) -> dict[int, str]:
+        """The points with a low-bit all-reduce, ascending, and their formats."""
+        return {p: c for p, c in enumerate(self.sync_points) if c not in (FULL, NONE)}
+
     def block_schedule(self, block: int) -> BlockSchedule:
         """The rule as block ``block`` (0..L-1) sees it."""
-        dropped = set(self.dropped)
+        dropped, low_bit = set(self.dropped), self.low_bit
         extra = self.blocks[block]
         return BlockSchedule(
             branches=self.branches,
@@ -248,6 +277,8 @@ class SPDPlan:
             mlp_shift=extra.mlp_shift,
             attention_norm=extra.attention_norm,
             mlp_norm=extra.mlp_norm,
+            attention_collective=low_bit.get(2 * block, FULL),
+            mlp_collective=low_bit.get(2 * block + 1, FULL),
         )
 
     def units(self) -> list[range]:
@@ -262,6 +293,10 @@ class SPDPlan:
                 units.append(range(start, i + 1))
             start = i + 1
         return units
+
+    def points_in(self, unit: range) -> tuple[int, ...]:
+        """The dropped points of the blocks ``unit``, ascending."""
+        return tuple(p for p in self.dropped if p // 2 in unit)
 
     def collectives_per_forward(self) -> int:
         """Forward all-reduces of the blocks (embedding and output layer not counted)."""
@@ -288,7 +323,7 @@ class SPDPlan:
     def validate(self) -> None:
         """Raise PlanError that names the first wrong field, or UserError if G does not fit the model."""
         if self.version != PLAN_VERSION:
-            _fail("version", self.version, f"{PLAN_VERSION} (this package reads no other; remake the plan)")
+            _fail("version", self.version, f"{PLAN_VERSION}")
         self.base_model.validate()
         _check_int(self.branches, "branches", 1)
         self.base_model.check_branches(self.branches)
@@ -296,8 +331,7 @@ class SPDPlan:
         if not isinstance(self.sync_points, list) or len(self.sync_points) != n:
             _fail("sync_points", self.sync_points, f"a list of {n} (two for each block)")
         for p, c in enumerate(self.sync_points):
-            if c not in COLLECTIVES:
-                _fail(f"sync_points[{p}]", c, f"one of {list(COLLECTIVES)}")
+            _check_collective(c, f"sync_points[{p}]")
         if not isinstance(self.blocks, list) or len(self.blocks) != self.num_layers:
             _fail("blocks", self.blocks, f"a list of {self.num_layers}")
         for i, block in enumerate(self.blocks):
@@ -310,14 +344,13 @@ class SPDPlan:
 
     @classmethod
     def from_dict(cls, raw: Any) -> SPDPlan:
-        """The plan in a parsed JSON object. Raises PlanError that names the first wrong field."""
-        if isinstance(raw, dict) and (type(raw.get("version")) is not int or raw["version"] != PLAN_VERSION):
-            _fail(
-                "version",
-                raw.get("version"),
-                f"{PLAN_VERSION} (this package reads no other; remake the plan)",
-            )
-        fields = _take(raw, cls, "")
+        """The plan in a parsed JSON object, in the present version. Raises PlanError that names the first wrong
+        field."""
+        version = raw.get("version") if isinstance(raw, dict) else PLAN_VERSION
+        if type(version) is not int or version not in READABLE_VERSIONS:
+            known = " or ".join(map(str, READABLE_VERSIONS))
+            _fail("version", version, f"{known} (this package reads no other; remake the plan)")
+        fields = _take(raw, cls, "") | {"version": PLAN_VERSION}
         fields["base_model"] = BaseModel(**_take(fields["base_model"], BaseModel, "base_model"))
         if not isinstance(fields["blocks"], list):
             _fail("blocks", fields["blocks"], "a list")

@@ -73,8 +73,14 @@ class SetSearch:
                 measurer(points)
             return runtime.from_main(None)
 
+        others_wait = True
+
         def measure(points: Sequence[int]) -> float:
-            return measurer(runtime.from_main(tuple(points)))
+            nonlocal others_wait
+            others_wait = False
+            value = measurer(runtime.from_main(tuple(points)))
+            others_wait = True
+            return value
 
         try:
             with progress_bar(runtime, "search", self.budget, "set") as bar:
@@ -87,7 +93,9 @@ class SetSearch:
                 )
                 result = task(search)
         finally:
-            runtime.from_main(None)
+            # An error in a measurement has ended the other ranks as well.
+            if others_wait:
+                runtime.from_main(None)
         return runtime.from_main(result)
 
 
@@ -140,7 +148,8 @@ def choose_plan(
 
     Points: a ratio or count of the least sensitive ones, or a perplexity budget; if none is given, half of all points,
     or, of attention points, all but the extremely sensitive. With ``search`` the set is the best that was measured,
-    without it the one that the single scores predict. Raises UserError if the measurement is of another model or G, or
+    without it the one that the single scores predict. Sets are measured with full collectives; those of the kept points
+    are set afterwards. Raises UserError if the measurement is of another model or G, or
     lacks scores.
     """
     scores, thresholds, count = read_scores(base, branches, sensitivity, options, name)
@@ -157,7 +166,7 @@ def choose_plan(
         dropped = points_within_budget(scores, plain, percent, options.sync_points != "attention")
     else:
         dropped = choose_points(scores, count, options.sync_points != "attention")
-    plan = SPDPlan.dense(base, branches).with_drops(dropped)
+    plan = SPDPlan.dense(base, branches).with_drops(dropped).with_collectives(*options.collectives or ())
     for block, tier in block_tiers(scores, dropped, thresholds).items():
         plan = plan.with_block(block, tier=tier, recovery=_RECOVERY[options.recovery][tier])
     return Choice(plan, thresholds, None if found is None else dataclasses.asdict(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from megatron_spd.calibration.stream import BlockStreamer, BlockWeights
 from megatron_spd.calibration.text import read_text, token_batches
 from megatron_spd.checkpoint.export import export
 from megatron_spd.checkpoint.hf import CheckpointReader
+from megatron_spd.collective import CollectiveFormat
+from megatron_spd.config import CurveOptions, RunOptions
 from megatron_spd.distill.engine import EngineSettings
 from megatron_spd.distill.finish import finish
 from megatron_spd.distill.recipe import distill
@@ -43,6 +46,12 @@ def calibration_tokens(
     """Token pieces [sequences, seq_length] of ``--data``; ``skip`` pieces are passed over first."""
     text = read_text(options.data)
     return token_batches(reader.tokenizer(), text, sequences or options.sequences, options.seq_length, skip)
+
+
+def scoring_tokens(reader: CheckpointReader, options: RunOptions | CurveOptions, used: int) -> Tensor:
+    """Pieces [eval_sequences, seq_length] of ``--eval-data``, or of ``--data`` behind the ``used`` first ones."""
+    scored = dataclasses.replace(options, data=options.eval_data or options.data)
+    return calibration_tokens(reader, scored, options.eval_sequences, 0 if options.eval_data else used)
 
 
 def check_ranks(base: BaseModel, ranks: int, branches: int | None = None) -> None:
@@ -317,10 +326,12 @@ def package_versions() -> dict[str, str]:
 def traffic(plan: SPDPlan, itemsize: int) -> dict[str, dict[str, int]]:
     """All-reduces and bytes that enter them, for each token and rank, before and after (blocks only; the
     embedding's all-reduce and the output layer's gather stay as they are). ``itemsize``: bytes of an
-    activation element."""
+    activation element; a low-bit point counts the mean of what both of its steps send."""
     before, after = len(plan.sync_points), plan.collectives_per_forward()
-    size = plan.base_model.hidden_size * itemsize
+    hidden, low_bit = plan.base_model.hidden_size, plan.low_bit
+    sizes = [CollectiveFormat.parse(c).bytes_per_value for c in low_bit.values()]
+    left = (after - len(low_bit)) * itemsize + sum(sizes)
     return {
         "all_reduces_per_token": {"before": before, "after": after},
-        "bytes_per_token": {"before": before * size, "after": after * size},
+        "bytes_per_token": {"before": before * hidden * itemsize, "after": round(left * hidden)},
     }

@@ -6,7 +6,8 @@ transformers, one loop over sublayers, one over branches. Weights go by Hugging 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +77,43 @@ def mlp_branch(z: Tensor, w: Weights, shape: Shape, g: int, branches: int) -> Te
     return act @ w["mlp.down_proj.weight"][:, rows].T
 
 
+def _split(parts: Sequence[Tensor], count: int) -> list[Sequence[Tensor]]:
+    size = len(parts) // count
+    return [parts[i : i + size] for i in range(0, len(parts), size)]
+
+
+def low_bit_sum(held: Sequence[Tensor], bits: int, group: int) -> Tensor:
+    """The two-step all-reduce of method section 5, value by value; ``held[r]`` is rank r's tensor."""
+    if len(held) == 1:
+        return held[0]
+    return rounded(sum(rounded(t, bits, group) for t in held), bits, group)
+
+
+def rounded(x: Tensor, bits: int, group: int) -> Tensor:
+    """What is left of ``x`` after quantisation in groups of its flat order, the last one filled up with zeros. The
+    first smallest and the first largest value of a group are rounded by themselves."""
+    values = x.detach().flatten().tolist()
+    values += [0.0] * (-len(values) % group)
+    levels = 2**bits - 1
+    for start in range(0, len(values), group):
+        part = values[start : start + group]
+        spikes = {part.index(min(part)), part.index(max(part))}
+        others = [v for i, v in enumerate(part) if i not in spikes]
+        zero = to_bfloat16(min(others), math.floor)
+        step = to_bfloat16((max(others) - zero) / levels, math.ceil)
+        for i, v in enumerate(part):
+            code = math.floor((v - zero) / step + 0.5) if step else 0
+            values[start + i] = to_bfloat16(v, round) if i in spikes else code * step + zero
+    return torch.tensor(values[: x.numel()], dtype=x.dtype).view(x.shape)
+
+
+def to_bfloat16(value: float, direction: Callable[[float], int]) -> float:
+    """``value`` rounded to the 8 significant bits of bfloat16, down by ``math.floor``, up by ``math.ceil``
+    or to the nearest by ``round``."""
+    fraction, exponent = math.frexp(value)
+    return math.ldexp(direction(fraction * 256), exponent - 8)
+
+
 def blocks_forward(
     x: Tensor,
     blocks: Sequence[Weights],
@@ -83,10 +121,13 @@ def blocks_forward(
     branches: int,
     dropped: Sequence[int],
     masks: Mapping[int, Tensor] | None = None,
+    low_bit: Mapping[int, tuple[int, int]] | None = None,
+    ranks: int | None = None,
 ) -> Tensor:
     """Run consecutive blocks on ``x`` [s, b, h]; ``dropped`` are sync points counted from the first of ``blocks``.
 
-    ``masks[p]`` [s, b, h] multiplies the output of the sublayer before point ``p`` (dropout).
+    ``masks[p]`` [s, b, h] multiplies the output of the sublayer before point ``p`` (dropout). ``low_bit[p]``: bits and
+    group of the low-bit all-reduce at point ``p``, of what each of ``ranks`` (default: as many as branches) holds.
     What is pending at the end is synced there.
     """
     pending = [torch.zeros_like(x) for _ in range(branches)]
@@ -111,7 +152,12 @@ def blocks_forward(
         if bias is not None:
             x = x + (bias if mask is None else bias * mask)
         if p not in dropped or p == last:
-            x = x + sum(pending)
+            total = sum(pending)
+            if low_bit and p in low_bit:
+                held = [sum(part) for part in _split(pending, ranks or branches)]
+                # The gradient passes the rounding by.
+                total = total + (low_bit_sum(held, *low_bit[p]) - total).detach()
+            x = x + total
             pending = [torch.zeros_like(x) for _ in range(branches)]
     return x
 

@@ -6,8 +6,8 @@ exact with one collective each way:
 
 - :func:`enter_segment`: identity forward, all-reduce backward; X passes through it once per segment.
 - :func:`leave_segment`: ``X + all_reduce(pending)``. Its gradient into X belongs to no rank in particular; it
-  is given to the
-  first rank alone, so that the all-reduce at the segment's entry counts it exactly once, without a rounding error.
+  is given to the first rank alone, so that the all-reduce at the segment's entry counts it exactly once, without a
+  rounding error. The all-reduce may be a low-bit one.
 - :func:`share_parameters`: replicated parameters that ranks use differently (norms, biases used before a sync):
   identity forward, one coalesced all-reduce backward.
 """
@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_spd.collective import CollectiveFormat
 from megatron_spd.comm.all_reduce import all_reduce, all_reduce_coalesced
+from megatron_spd.comm.lowbit import lowbit_all_reduce, simulate_lowbit
 
 
 class _EnterSegment(torch.autograd.Function):
@@ -38,13 +40,32 @@ class _EnterSegment(torch.autograd.Function):
 
 class _LeaveSegment(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pending: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        pending: Tensor,
+        group: dist.ProcessGroup,
+        collective: CollectiveFormat | None,
+    ) -> Tensor:
         ctx.owns_residual = group.rank() == 0
-        return x + all_reduce(pending, group)
+        if collective is None:
+            return x + all_reduce(pending, group)
+        return x + lowbit_all_reduce(pending, collective, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:
-        return grads[0] if ctx.owns_residual else None, grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        return grads[0] if ctx.owns_residual else None, grads[0], None, None
+
+
+class _SumLowBit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partials: Tensor, collective: CollectiveFormat) -> Tensor:
+        ctx.branches = len(partials)
+        return simulate_lowbit(partials, collective)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].expand(ctx.branches, *grads[0].shape), None
 
 
 class _ShareParameters(torch.autograd.Function):
@@ -63,12 +84,23 @@ def enter_segment(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x if group.size() == 1 else _EnterSegment.apply(x, group)
 
 
-def leave_segment(x: Tensor, pending: Tensor, group: dist.ProcessGroup) -> Tensor:
+def leave_segment(
+    x: Tensor, pending: Tensor, group: dist.ProcessGroup, collective: CollectiveFormat | None = None
+) -> Tensor:
     """``x + all_reduce(pending)``, both [s, b, h]; ``x`` must come from :func:`enter_segment`.
 
-    ``pending`` is consumed: its memory may hold the sum afterwards.
+    ``pending`` is consumed: its memory may hold the sum afterwards. ``collective``: the format of a low-bit all-reduce
+    (None: a full one). Its rounding has the gradient 1: backward it is the plain conjugate.
     """
-    return x + pending if group.size() == 1 else _LeaveSegment.apply(x, pending, group)
+    if group.size() == 1:
+        return x + pending
+    return _LeaveSegment.apply(x, pending, group, collective)
+
+
+def sum_low_bit(partials: Tensor, collective: CollectiveFormat) -> Tensor:
+    """The sum [...] of the branches ``partials`` [G, ...] of one process as G ranks would get it by a low-bit
+    all-reduce; its gradient is that of the plain sum."""
+    return _SumLowBit.apply(partials, collective)
 
 
 def share_parameters(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:

@@ -45,9 +45,9 @@ def measure_folders(
 
     ``tokens`` [n, s]: the pieces scored. ``tasks``: from :func:`megatron_spd.evaluate.tasks.load_tasks`, or None.
 
-    Of each folder: ``model``, ``kind`` ("plain" or "spd"), ``dropped``, ``sync_points`` (their number), ``perplexity``,
-    ``interval`` (at 95 %), and ``tasks`` where asked for. Of both: ``against.increase`` (percent) with
-    ``against.increase_interval``, paired by sequence, and ``generation``.
+    Of each folder: ``model``, ``kind`` ("plain" or "spd"), ``dropped``, ``low_bit`` (format by point), ``sync_points``
+    (their number), ``perplexity``, ``interval`` (at 95 %), and ``tasks`` where asked for. Of both: ``against.increase``
+    (percent) with ``against.increase_interval``, paired by sequence, and ``generation``.
     """
     scored = tokens.shape[1] - 1
     nll = _nll(model, runtime, tokens, options, "perplexity")
@@ -77,6 +77,7 @@ def _figures(reader: CheckpointReader, nll: Tensor, scored: int) -> dict[str, An
         "model": str(reader.folder),
         "kind": "plain" if reader.plan is None else "spd",
         "dropped": [] if reader.plan is None else reader.plan.dropped,
+        "low_bit": {} if reader.plan is None else reader.plan.low_bit,
         "sync_points": 2 * reader.num_layers,
         "perplexity": found.perplexity,
         "interval": [found.low, found.high],

@@ -1,4 +1,4 @@
-"""Core attention for evaluation: PyTorch's fused kernel in the place of Megatron-core's written-out softmax."""
+"""Core attention for evaluation and inference: PyTorch's fused kernel in the place of a softmax written out."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from torch import Tensor
 
 
 class FusedCausalAttention(DotProductAttention):
-    """Causal attention over whole sequences that start at position 0, without dropout.
+    """Causal attention without dropout, over whole sequences that start at position 0 or of one new token each over
+    all before it (a KV cache).
 
     The scores [b, heads, s, s] are never in memory, and their upper half is never computed.
     """
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``query`` [s, b, heads, d], ``key`` and ``value`` [s, b, groups, d] -> [s, b, heads * d].
+        """``query`` [s, b, heads, d], ``key`` and ``value`` [t, b, groups, d] -> [s, b, heads * d]; s is t or 1.
 
-        The further arguments of the stock module (its mask) are not looked at.
+        The further arguments of the stock module (its mask) are not looked at. Raises ValueError for another s.
         """
+        if query.shape[0] not in (1, key.shape[0]):
+            raise ValueError(
+                f"{query.shape[0]} queries over {key.shape[0]} keys; expected as many, or one query"
+            )
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+            q, k, v, is_causal=query.shape[0] > 1, scale=self.softmax_scale, enable_gqa=True
         )
         return out.permute(2, 0, 1, 3).flatten(2)

@@ -7,6 +7,10 @@ norm w_g, b_g (else 1 and 0):
     z_g = norm(X + P_g + c_g) * w_g + b_g;   P_g += sublayer_g(z_g);   X += b
     if the sync point after it is kept:   X += all_reduce(sum_g P_g);   P = 0
 
+The all-reduce may be a low-bit one (method section 5). What is quantised is what a rank of M = G would send, the sum of
+one branch: a single process keeps its branches apart up to there and computes what G ranks would get. For 1 < M < G
+a rank sums its branches first, so that the result depends on M.
+
 P travels from layer to layer as the ``context`` that Megatron-core's TransformerBlock hands on (it is not
 otherwise used by decoder-only models), so it survives activation recomputation.
 
@@ -25,7 +29,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from megatron_spd.comm.autograd import enter_segment, leave_segment, share_parameters
+from megatron_spd.collective import CollectiveFormat, low_bit_format
+from megatron_spd.comm.autograd import enter_segment, leave_segment, share_parameters, sum_low_bit
 from megatron_spd.plan import BlockSchedule
 
 Sublayer = Literal["attention", "mlp"]
@@ -53,6 +58,10 @@ class SPDTransformerLayer(TransformerLayer):
     def __init__(self, *args: Any, schedule: BlockSchedule, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.schedule = schedule
+        self._collectives = {
+            "attention": low_bit_format(schedule.attention_collective),
+            "mlp": low_bit_format(schedule.mlp_collective),
+        }
         self.attention_shift = self._branch_vectors(schedule.attention_shift, 0.0)
         self.attention_norm_weight = self._branch_vectors(schedule.attention_norm, 1.0)
         self.attention_norm_bias = self._branch_vectors(schedule.attention_norm, 0.0)
@@ -125,11 +134,19 @@ class SPDTransformerLayer(TransformerLayer):
         if drop:
             x = x if bias is None else x + bias
             return x, output if pending is None else pending + output
+        x = self._sync(x, output, pending, self._collectives[name])
+        return x if bias is None else x + bias, None
+
+    def _sync(
+        self, x: Tensor, output: Tensor, pending: Tensor | None, collective: CollectiveFormat | None
+    ) -> Tensor:
+        """X plus the sum over branches and ranks of ``output`` [1 or G, s, b, h] and ``pending`` [B, s, b, h]."""
+        if collective is not None and len(output) > 1:
+            return x + sum_low_bit(output if pending is None else pending + output, collective)
         total = output[0]
         if pending is not None:
             total = total + (pending[0] if pending.shape[0] == 1 else pending.sum(0))
-        x = leave_segment(x, total, self.tp_group)
-        return x if bias is None else x + bias, None
+        return leave_segment(x, total, self.tp_group, collective)
 
     def _norm(self, sublayer: Sublayer, shared: dict[str, Tensor], x: Tensor) -> Tensor:
         """The norm in front of ``sublayer``, branch norm included: [1 or B, s, b, h] -> the same, or [B, s, b, h]."""

@@ -9,6 +9,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_spd.collective import FULL
 from megatron_spd.errors import UserError
 from megatron_spd.layers.attention import FusedCausalAttention
 from megatron_spd.layers.block import SPDTransformerLayer
@@ -16,11 +17,14 @@ from megatron_spd.layers.linear import BranchColumnParallelLinear, PartialRowPar
 from megatron_spd.plan import BlockSchedule, SPDPlan
 
 
-def get_gpt_layer_spd_spec(config: TransformerConfig, plan: SPDPlan) -> TransformerBlockSubmodules:
-    """One layer spec per block of ``plan``: the stock spec where nothing is dropped or pending, the SPD layer
-    elsewhere.
+def get_gpt_layer_spd_spec(
+    config: TransformerConfig, plan: SPDPlan, fused_attention: bool = False
+) -> TransformerBlockSubmodules:
+    """One layer spec per block of ``plan``: the stock spec where nothing is dropped, pending or low-bit, the
+    SPD layer elsewhere.
 
-    ``config.tensor_model_parallel_size`` is M; each rank computes G / M branches. Raises UserError for an M that does
+    ``config.tensor_model_parallel_size`` is M; each rank computes G / M branches. ``fused_attention``: with
+    :class:`FusedCausalAttention`, for evaluation and inference. Raises UserError for an M that does
     not divide G, and for Megatron-core settings under which the rule is not implemented.
     """
     schedules = [plan.block_schedule(i) for i in range(plan.num_layers)]
@@ -29,7 +33,7 @@ def get_gpt_layer_spd_spec(config: TransformerConfig, plan: SPDPlan) -> Transfor
         raise UserError(
             f"the config has num_layers = {config.num_layers}, the plan is for {plan.num_layers} blocks"
         )
-    return block_submodules(config, schedules)
+    return block_submodules(config, schedules, fused_attention)
 
 
 def block_submodules(
@@ -82,6 +86,10 @@ def _with_fused_attention(stock: ModuleSpec) -> ModuleSpec:
 
 def _spd_spec(config: TransformerConfig, stock: ModuleSpec, schedule: BlockSchedule) -> ModuleSpec:
     branches = schedule.branches // config.tensor_model_parallel_size
+    # A single process keeps branches apart at a low-bit point too, to round them as G ranks would.
+    alone = config.tensor_model_parallel_size == 1
+    attention_apart = schedule.drop_attention or (alone and schedule.attention_collective != FULL)
+    mlp_apart = schedule.drop_mlp or (alone and schedule.mlp_collective != FULL)
 
     def column() -> ModuleSpec:
         return ModuleSpec(BranchColumnParallelLinear, params={"local_branches": branches})
@@ -95,13 +103,17 @@ def _spd_spec(config: TransformerConfig, stock: ModuleSpec, schedule: BlockSched
     attention = dataclasses.replace(
         attention,
         submodules=dataclasses.replace(
-            attention.submodules, linear_qkv=column(), linear_proj=row(schedule.drop_attention)
+            attention.submodules,
+            linear_qkv=column(),
+            linear_proj=row(attention_apart),
         ),
     )
     mlp = dataclasses.replace(
         mlp,
         submodules=dataclasses.replace(
-            mlp.submodules, linear_fc1=column(), linear_fc2=row(schedule.drop_mlp)
+            mlp.submodules,
+            linear_fc1=column(),
+            linear_fc2=row(mlp_apart),
         ),
     )
     return ModuleSpec(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_spd.report.tables import MISSING, text_table
+from megatron_spd.report.tables import MISSING, low_bit_note, text_table
 
 
 def evaluation_text(result: Mapping[str, Any]) -> str:
@@ -33,6 +33,7 @@ def _perplexity(folder: Mapping[str, Any], tokens: int, confidence: str) -> str:
     kind = "plain"
     if folder["kind"] == "spd":
         kind = f"SPD, {len(folder['dropped'])} of {folder['sync_points']} sync points dropped"
+        kind += low_bit_note(folder.get("low_bit"))
     low, high = folder["interval"]
     bounds = _bounds(f"{low:.4f}", f"{high:.4f}", confidence)
     return f"{folder['model']} ({kind}): perplexity {folder['perplexity']:.4f}{bounds} on {tokens} tokens"

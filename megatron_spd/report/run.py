@@ -2,13 +2,13 @@
 
 The *results* dict, all but the first five optional (None or missing where a run did not measure it):
 
-``model``, ``branches`` (G), ``ranks`` (M), ``sync_points_total`` (2L), ``dropped`` (points); ``recovery``;
-``perplexity`` {plain, zero_shot, grouped, final}; ``interval`` {the same: [low, high]} and ``increase`` {all but plain:
-[percent, low, high]}, paired against plain, both at 95 %; ``all_reduces_per_token`` and ``bytes_per_token`` {before,
-after}; ``stage_seconds`` {stage: s}; ``paths`` {what: path}; ``search`` (see ``report/search.py``); ``calibration``
-[records] (see ``report/calibration.py``); ``units`` [{blocks, recovery, loss_before, loss_after, losses}]; ``finish``
-(the record of ``distill/finish.py``); ``samples`` {prompt, plain, spd}; ``tiers`` {block: tier}; ``thresholds`` {tau1,
-tau2}; ``sensitivity`` (the sweep's JSON); ``notes`` [text].
+``model``, ``branches`` (G), ``ranks`` (M), ``sync_points_total`` (2L), ``dropped`` (points); ``low_bit`` {point:
+format}; ``recovery``; ``perplexity`` {plain, zero_shot, grouped, final}; ``interval`` {the same: [low, high]} and
+``increase`` {all but plain: [percent, low, high]}, paired against plain, both at 95 %; ``all_reduces_per_token`` and
+``bytes_per_token`` {before, after}; ``stage_seconds`` {stage: s}; ``paths`` {what: path}; ``search`` (see
+``report/search.py``); ``calibration`` [records] (see ``report/calibration.py``); ``units`` [{blocks, recovery,
+loss_before, loss_after, losses}]; ``finish`` (the record of ``distill/finish.py``); ``samples`` {prompt, plain, spd};
+``tiers`` {block: tier}; ``thresholds`` {tau1, tau2}; ``sensitivity`` (the sweep's JSON); ``notes`` [text].
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def _result_section(results: Mapping[str, Any], pictures: Mapping[str, Path]) ->
     about = (
         f"{results.get('model', 'The model')} with G = {results.get('branches', '?')} branches, run on "
         f"M = {results.get('ranks', '?')} tensor-parallel ranks. {len(dropped)} of {total} sync points are dropped: "
-        f"{tables.dropped_in_words(dropped)}.{f' Recovery: {recovery}.' if recovery else ''}"
+        f"{tables.dropped_in_words(dropped)}{tables.low_bit_note(results.get('low_bit'))}."
+        f"{f' Recovery: {recovery}.' if recovery else ''}"
     )
     shown = [Table(*tables.summary(results))]
     if intervals := tables.interval_rows(results):

@@ -124,6 +124,17 @@ def dropped_in_words(dropped: Iterable[int]) -> str:
     return "; ".join(parts) or "none"
 
 
+def low_bit_note(low_bit: Mapping[int, str] | None) -> str:
+    """Which sync points have a low-bit all-reduce, for the end of a sentence: ``; int8 after attention of blocks 0-2``.
+
+    ``low_bit``: format by point (numbers, or their names in JSON). Empty where there is none.
+    """
+    points: dict[str, list[int]] = {}
+    for point, collective in (low_bit or {}).items():
+        points.setdefault(collective, []).append(int(point))
+    return "".join(f"; {name} after {dropped_in_words(points[name])}" for name in sorted(points))
+
+
 # ---- whole tables ---------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +225,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
         f"{results.get('model', MISSING)}: G = {results.get('branches', MISSING)} branches, "
         f"M = {results.get('ranks', MISSING)} ranks",
         f"sync points dropped: {len(results.get('dropped') or ())} of {number(results.get('sync_points_total'))} "
-        f"({dropped_in_words(results.get('dropped') or ())})",
+        f"({dropped_in_words(results.get('dropped') or ())}){low_bit_note(results.get('low_bit'))}",
         "",
         text_table(*summary(results)),
     ]

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_spd.models.build import BlockUnit, ModelShape
+from megatron_spd.collective import CollectiveFormat
+from megatron_spd.models.build import BlockUnit, ModelShape, layer_shard
 from megatron_spd.models.llama import LLAMA
 from megatron_spd.models.weights import unshard_block
 from megatron_spd.plan import BaseModel, SPDPlan
@@ -22,7 +23,8 @@ from tests.reference import Shape, blocks_forward, random_block
 @dataclass(frozen=True)
 class Case:
     """A run of blocks with random weights. ``dropped``: sync points; ``shifts``, ``norms``: sublayers whose input
-    has a shift, whose norm has a weight and bias for every branch, named by the point after the sublayer."""
+    has a shift, whose norm has a weight and bias for every branch, named by the point after the sublayer.
+    ``collective``: of all kept points, the same bits in both steps."""
 
     branches: int
     layers: int
@@ -35,6 +37,7 @@ class Case:
     biases: bool = False
     shifts: tuple[int, ...] = ()
     norms: tuple[int, ...] = ()
+    collective: str = "full"
     dropout: float = 0.0
     recompute: bool = False
     dtype: str = "float32"
@@ -48,6 +51,7 @@ class Case:
     def plan(self) -> SPDPlan:
         base = BaseModel("f", "llama", self.layers, self.hidden, self.heads, self.kv_groups, self.ffn)
         plan = SPDPlan.dense(base, self.branches).with_drops(self.dropped)
+        plan = plan.with_collectives(self.collective, self.collective)
         for i in range(self.layers):
             plan = plan.with_block(
                 i,
@@ -87,12 +91,16 @@ class Case:
         return {p: torch.nn.functional.dropout(ones, self.dropout).double() for p in range(2 * self.layers)}
 
 
-def reference_result(case: Case) -> dict[str, Tensor]:
-    """Output, input gradient and all weight gradients in float64 by the plain formula."""
+def reference_result(case: Case, ranks: int | None = None) -> dict[str, Tensor]:
+    """Output, input gradient and all weight gradients in float64 by the plain formula; ``ranks``: those that a low-bit
+    all-reduce has, by default one for each branch."""
     weights = [{n: t.requires_grad_() for n, t in w.items()} for w in case.weights()]
     x, up = case.data()
     x.requires_grad_()
-    out = blocks_forward(x, weights, case.shape, case.branches, case.plan().dropped, case.masks())
+    plan = case.plan()
+    formats = {p: CollectiveFormat.parse(c).scatter for p, c in plan.low_bit.items()}
+    low_bit = {p: (q.bits, q.group) for p, q in formats.items()}
+    out = blocks_forward(x, weights, case.shape, case.branches, plan.dropped, case.masks(), low_bit, ranks)
     out.backward(up)
     grads = {f"{i}.{n}": t.grad for i, w in enumerate(weights) for n, t in w.items() if t.grad is not None}
     return {"out": out.detach(), "x": x.grad, **grads}
@@ -174,9 +182,11 @@ def _full_grads(unit: BlockUnit, case: Case, runtime: Runtime) -> dict[str, Tens
 
 def _grad_shard(unit: BlockUnit, i: int, names: Sequence[str], gated: bool) -> dict[str, Tensor]:
     if gated:
-        return unit.hf_shard(i, names)
+        return layer_shard(unit.blocks.layers[i], names, unit.shape, unit.runtime)
     layer = dict(unit.blocks.layers[i].named_parameters())
-    shard = unit.hf_shard(i, [n for n in names if "up_proj" not in n])
+    shard = layer_shard(
+        unit.blocks.layers[i], [n for n in names if "up_proj" not in n], unit.shape, unit.runtime
+    )
     shard |= {n: layer[n.replace("up_proj", "linear_fc1")].detach() for n in names if "up_proj" in n}
     return shard
 

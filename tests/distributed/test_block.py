@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_spd.comm import lowbit
 from megatron_spd.models.llama import LLAMA
 from megatron_spd.models.weights import initial_branch_tensors
 from megatron_spd.runtime.distributed import initialize
@@ -115,6 +116,51 @@ def test_branch_norms_start_where_they_change_nothing(branches: int) -> None:
         assert relative_error(with_them[name], wanted) < FP32_BOUND, name
     # They are trained from there.
     assert all(with_them[name].abs().max() > 0 for name in own)
+
+
+def low_bit_result(case: Case, ranks: int) -> dict[str, Tensor]:
+    """:func:`megatron_result` with every message low-bit, however small."""
+    usual = lowbit.lowbit_all_reduce.__defaults__
+    lowbit.lowbit_all_reduce.__defaults__ = (0,)
+    try:
+        return megatron_result(case, ranks)
+    finally:
+        lowbit.lowbit_all_reduce.__defaults__ = usual
+
+
+#: Float64, so that hardly any value falls on the other side of a step (rotary angles are float32).
+LOW_BIT = {"dtype": "float64", "shifts": (1, 2), "biases": True}
+
+
+@pytest.mark.parametrize(("branches", "ranks"), [(2, 2), (3, 1), (3, 3), (4, 2)])
+@pytest.mark.parametrize("collective", ["int8:g8", "int4:g8"])
+def test_low_bit_points(branches: int, ranks: int, collective: str) -> None:
+    same = 0
+    for dropped in SCHEDULES.values():
+        case = Case(branches, 3, dropped, collective=collective, **LOW_BIT)
+        got = run_ranks(ranks, low_bit_result, case, ranks)[0]
+        # One process computes what a rank for each branch would get.
+        wanted = reference_result(case, branches if ranks == 1 else ranks)
+        exact = reference_result(dataclasses.replace(case, collective="full"))
+        assert set(got) == set(wanted)
+        errors = {name: relative_error(got[name], wanted[name]) for name in wanted}
+        effects = {name: relative_error(exact[name], wanted[name]) for name in wanted}
+        assert effects["out"] > 1e-3
+        # A value that falls on the other side of a step takes up to half of the effect of all roundings with it.
+        assert all(errors[name] < 2e-6 + 0.5 * effects[name] for name in wanted), (dropped, errors, effects)
+        same += all(error < 2e-6 for error in errors.values())
+    assert same >= len(SCHEDULES) // 2
+
+
+@pytest.mark.parametrize(("branches", "ranks"), [(3, 1), (3, 3), (4, 2)])
+def test_the_gradients_of_a_low_bit_sum_are_those_of_the_plain_one(branches: int, ranks: int) -> None:
+    """Where nothing reads the rounded sum, the gradients do not know of it."""
+    case = Case(branches, 1, (0,), collective="int4:g8", **LOW_BIT)
+    got = run_ranks(ranks, low_bit_result, case, ranks)[0]
+    exact = reference_result(dataclasses.replace(case, collective="full"))
+    assert relative_error(got.pop("out"), exact.pop("out")) > 1e-3
+    for name in exact:
+        assert relative_error(got[name], exact[name]) < 2e-6, name
 
 
 @st.composite

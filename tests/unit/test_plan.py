@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_spd.collective import FULL, NONE
 from megatron_spd.errors import PlanError, UserError
-from megatron_spd.plan import FULL, NONE, PLAN_VERSION, RECOVERIES, TIERS, BaseModel, BlockPlan, SPDPlan
+from megatron_spd.plan import PLAN_VERSION, RECOVERIES, TIERS, BaseModel, BlockPlan, SPDPlan
 
 BASE = BaseModel("f" * 64, "llama", 4, 24, 6, 3, 12)
 
@@ -62,7 +63,9 @@ def plans(draw):
     return SPDPlan(
         base,
         branches,
-        draw(st.lists(st.sampled_from([FULL, NONE]), min_size=2 * n, max_size=2 * n)),
+        draw(
+            st.lists(st.sampled_from([FULL, NONE, "int8", "int4/int8:g64"]), min_size=2 * n, max_size=2 * n)
+        ),
         draw(st.lists(block, min_size=n, max_size=n)),
         draw(st.dictionaries(st.text(max_size=8), JSON_VALUES, max_size=3)),
     )
@@ -93,6 +96,12 @@ def test_a_plan_from_before_branch_norms_has_none():
     assert SPDPlan.from_dict(raw) == plan
 
 
+def test_a_plan_of_version_1_is_read_as_one_of_the_present_version():
+    plan = plan_with([0])
+    assert SPDPlan.from_dict(plan.to_dict() | {"version": 1}) == plan
+    assert plan.version == PLAN_VERSION == 2
+
+
 def test_load_errors_name_the_file(tmp_path):
     with pytest.raises(PlanError, match=r"no plan at .*missing\.json.*megatron-spd plan"):
         SPDPlan.load(tmp_path / "missing.json")
@@ -105,7 +114,7 @@ def test_load_errors_name_the_file(tmp_path):
 
 #: What is changed in the JSON of a good plan (path, new value) -> the field that the error names.
 WRONG = [
-    (("version",), 2, "version"),
+    (("version",), 3, "version"),
     (("version",), "1", "version"),
     (("branches",), 0, "branches"),
     (("branches",), True, "branches"),
@@ -115,6 +124,8 @@ WRONG = [
     (("sync_points",), [FULL] * 7, "sync_points"),
     (("sync_points",), None, "sync_points"),
     (("sync_points", 5), "lowbit4", "sync_points[5]"),
+    (("sync_points", 5), "int9", "sync_points[5]"),
+    (("sync_points", 5), "int4:g48", "sync_points[5]"),
     (("sync_points", 5), [], "sync_points[5]"),
     (("blocks",), {}, "blocks"),
     (("blocks",), [], "blocks"),
@@ -177,7 +188,7 @@ def test_not_an_object(raw):
 def test_a_plan_of_another_version_says_what_to_do():
     raw = plan_with().to_dict() | {"version": PLAN_VERSION + 1}
     with pytest.raises(
-        PlanError, match=rf"'version': got {PLAN_VERSION + 1}, expected {PLAN_VERSION} .*remake"
+        PlanError, match=rf"'version': got {PLAN_VERSION + 1}, expected 1 or {PLAN_VERSION} .*remake"
     ):
         SPDPlan.from_dict(raw)
     del raw["version"]
@@ -244,6 +255,32 @@ def test_block_schedule():
         schedule = plan_with().with_block(0, **{flag: True}).block_schedule(0)
         assert getattr(schedule, flag)
         assert not schedule.is_stock
+
+
+def test_collectives_of_kept_points():
+    plan = plan_with([0, 3]).with_collectives("int8", "int4/int8:g64")
+    mlp = "int4/int8:g64"
+    assert plan.sync_points == ["none", mlp, "int8", "none", "int8", mlp, "int8", mlp]
+    assert (plan.dropped, list(plan.low_bit)) == ([0, 3], [1, 2, 4, 5, 6, 7])
+    schedules = [plan.block_schedule(i) for i in range(4)]
+    assert [s.attention_collective for s in schedules] == ["full", "int8", "int8", "int8"]
+    assert [s.mlp_collective for s in schedules] == [mlp, "full", mlp, mlp]
+    assert not any(s.is_stock for s in schedules)
+    assert plan.collectives_per_forward() == 6
+    # Dropping other points leaves the collectives of the rest alone; a point that is kept again has a full one.
+    assert plan.with_drops([2]).sync_points == ["full", mlp, "none", "full", "int8", mlp, "int8", mlp]
+    assert plan.with_collectives() == plan_with([0, 3])
+    assert plan.with_collectives(mlp="int8").sync_points[:3] == ["none", "int8", "full"]
+    with pytest.raises(UserError, match="'none': expected a low-bit format"):
+        plan.with_collectives("none")
+
+
+def test_a_low_bit_format_is_written_in_one_way():
+    assert plan_with().with_collectives("int8:g128", "int8/int8").low_bit == dict.fromkeys(range(8), "int8")
+
+
+def test_low_bit_points_alone_make_no_unit():
+    assert plan_with([2]).with_collectives("int4", "int4").units() == [range(1, 2)]
 
 
 def test_the_last_point_is_synced_at_the_end_of_the_model():

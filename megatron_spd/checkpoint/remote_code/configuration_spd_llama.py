@@ -5,21 +5,27 @@ This file is shipped inside exported model folders: it needs transformers and no
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from transformers import LlamaConfig
 
-#: The version of the plan format that this file understands.
-PLAN_VERSION = 1
+#: The versions of the plan format that this file understands.
+PLAN_VERSIONS = (1, 2)
+#: A sync point that is synced: by a full all-reduce, or by a low-bit one such as "int4/int8:g64".
+_SYNCED = re.compile(r"full|int[2-8](/int[2-8])?(:g\d+)?")
 
 
 class SPDLlamaConfig(LlamaConfig):
     """A Llama config plus ``spd_plan``, the plan of the model as megatron_spd wrote it.
 
-    What is read of the plan: ``version``; ``branches`` (G); ``sync_points``, 2L times "full" or "none" (point 2i
-    follows the attention of block i, point 2i + 1 its MLP); ``blocks[i].attention_shift`` and ``.mlp_shift``,
-    ``.attention_norm`` and ``.mlp_norm`` (false where a plan lacks them). Without a plan nothing is dropped. Raises
-    ValueError for a plan of another version or one that does not fit the model.
+    What is read of the plan: ``version``; ``branches`` (G); ``sync_points``, 2L times "none" (dropped), "full" or
+    a low-bit format (point 2i follows the attention of block i, point 2i + 1 its MLP); ``blocks[i].attention_shift``
+    and ``.mlp_shift``, ``.attention_norm`` and ``.mlp_norm`` (false where a plan lacks them). Without a plan nothing is
+    dropped. Raises ValueError for a plan of another version or one that does not fit the model.
+
+    A low-bit format says how ranks exchange their sums at a synced point. On one device nothing is exchanged, and the
+    point is computed exactly, as a full one.
     """
 
     model_type = "spd_llama"
@@ -34,9 +40,9 @@ class SPDLlamaConfig(LlamaConfig):
             self._check_plan(spd_plan)
 
     def _check_plan(self, plan: dict[str, Any]) -> None:
-        if plan.get("version") != PLAN_VERSION:
+        if plan.get("version") not in PLAN_VERSIONS:
             raise ValueError(
-                f"spd_plan has version {plan.get('version')!r}, this code reads {PLAN_VERSION}; "
+                f"spd_plan has version {plan.get('version')!r}, this code reads {PLAN_VERSIONS}; "
                 "use the code that was exported with the model"
             )
         layers, points, blocks = self.num_hidden_layers, plan["sync_points"], plan["blocks"]
@@ -45,9 +51,11 @@ class SPDLlamaConfig(LlamaConfig):
                 f"spd_plan has {len(points)} sync points and {len(blocks)} blocks; a model of {layers} blocks has "
                 f"{2 * layers} and {layers}"
             )
-        unknown = sorted(set(points) - {"full", "none"})
+        unknown = sorted({p for p in points if p != "none" and not _SYNCED.fullmatch(p)})
         if unknown:
-            raise ValueError(f"spd_plan has sync points {unknown}; this code knows 'full' and 'none'")
+            raise ValueError(
+                f"spd_plan has sync points {unknown}; this code knows 'full', 'none' and formats such as 'int4:g64'"
+            )
         for what, n in (("key/value groups", self.num_key_value_heads), ("neurons", self.intermediate_size)):
             if n % plan["branches"]:
                 raise ValueError(f"spd_plan has {plan['branches']} branches, which do not divide {n} {what}")

@@ -283,7 +283,7 @@ def test_unknown_tensor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": 2}, "config.json: plan field 'version': got 2"),
+        ({"version": 3}, "config.json: plan field 'version': got 3"),
         ({"branches": 3}, "G = 3 branches do not divide"),
         ({"sync_points": ["full"]}, "plan field 'sync_points'"),
     ],

@@ -261,12 +261,25 @@ def test_save_and_reload(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3"),
         ({"branches": 5}, "5 branches"),
         ({"sync_points": ["full"] * 4}, "4 sync points"),
         ({"sync_points": ["lowbit"] * 6}, "lowbit"),
+        ({"sync_points": ["int9"] * 6}, "int9"),
     ],
 )
 def test_a_plan_that_it_does_not_understand_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         spd_model(llama_config(), plan_dict(2, []) | change)
+
+
+def test_low_bit_points_are_computed_exactly() -> None:
+    plan = plan_dict(2, [0, 1])
+    formats = ["int8", "int4/int8", "int2:g64"]
+    points = [formats[p % 3] if kind == "full" else kind for p, kind in enumerate(plan["sync_points"])]
+    low_bit = plan | {"version": 2, "sync_points": points}
+    config = llama_config()
+    ours, exact = spd_model(config, low_bit), spd_model(config, plan)
+    assert torch.equal(ours(token_ids()).logits, exact(token_ids()).logits)
+    # The last block has nothing but low-bit points: it is the dense one.
+    assert type(ours.model.layers[2]) is LlamaDecoderLayer
