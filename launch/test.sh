@@ -4,10 +4,11 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash launch/env.sh
+bash launch/vllm_env.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
 ruff format --check .
 ruff check .
 mypy
-pytest "$@"
+# Two workers share the two cores of a small machine; a file's tests stay together with their fixtures.
+pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"

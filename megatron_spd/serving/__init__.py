@@ -1,0 +1,1 @@
+"""Engines that serve SPD exports. Nothing here imports megatron-core or deepspeed."""

@@ -1,0 +1,63 @@
+"""What an SPD export asks of vLLM's options, checked before any rank is started."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from megatron_spd.errors import UserError
+from megatron_spd.plan import SPDPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from vllm.config import VllmConfig
+
+
+def plan_of(config: PreTrainedConfig) -> SPDPlan | None:
+    """The plan in an export's config; None where it has none (nothing is dropped). Raises PlanError."""
+    raw = getattr(config, "spd_plan", None)
+    return None if raw is None else SPDPlan.from_dict(raw)
+
+
+class SPDOptionsCheck(VerifyAndUpdateConfig):
+    """vLLM's hook for checks of a model against all options, called where the user's call or command runs."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Raise UserError for options under which the export would not compute the plan."""
+        plan = plan_of(vllm_config.model_config.hf_config)
+        if plan is not None:
+            check_options(plan, vllm_config)
+
+
+def check_options(plan: SPDPlan, vllm_config: VllmConfig) -> None:
+    """Raise UserError unless ``plan`` runs under ``vllm_config``: a fitting M, and nothing that reads or changes the
+    hidden states between blocks, which are partial sums where a plan drops points."""
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    plan.check_ranks(ranks)
+    if all(c == "full" for c in plan.sync_points):
+        return
+    for given, option, instead in _refused(vllm_config):
+        if given:
+            raise UserError(f"{option} does not work with an SPD model whose points are dropped; {instead}")
+    if ranks < plan.branches and vllm_config.model_config.quantization is not None:
+        raise UserError(
+            f"quantized weights need one rank for each of the G = {plan.branches} branches, but M = {ranks}; serve "
+            f"with --tensor-parallel-size {plan.branches} or without quantization"
+        )
+
+
+def _refused(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
+    """(whether it was given, the option, what to do) of options that the rule does not allow."""
+    parallel: Any = vllm_config.parallel_config
+    speculative: Any = vllm_config.speculative_config
+    return [
+        (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size > 1", "use tensor parallelism alone"),
+        (
+            speculative is not None and speculative.use_eagle(),
+            "speculative decoding from hidden states",
+            "use a draft model or n-grams",
+        ),
+        (vllm_config.lora_config is not None, "--enable-lora", "merge the adapter before `megatron-spd run`"),
+    ]

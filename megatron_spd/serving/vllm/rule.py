@@ -1,0 +1,205 @@
+"""The sync-point rule (``layers/block.py``) on top of one of vLLM's decoder layers.
+
+State between sublayers: the synced residual X [T, h] (T tokens) and, while points are dropped, the pending sums of the
+rank's B = G / M branches, P [T, B * h]. For a sublayer with output bias b, optional shift c_g (else 0) and optional
+branch norm w_g, b_g (else 1 and 0):
+
+    z_g = norm(X + P_g + c_g) * w_g + b_g;   P_g += sublayer_g(z_g);   X += b
+    if the sync point after it is kept:   X += all_reduce(sum of P_g);   P = 0
+
+Between layers the two travel as vLLM's ``hidden_states`` and ``residual``: after a kept point hidden states are what
+was reduced, not yet added to X (the next norm adds it, as in every vLLM model); after a dropped MLP point they are P.
+All that decides what is computed is known when the layer is built: forward holds no branch on data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.model_executor.models.utils import extract_layer_index
+
+from megatron_spd.plan import FULL, SPDPlan
+from megatron_spd.serving.vllm.collective import all_reduce_of
+from megatron_spd.serving.vllm.linear import BranchInputMethod, BranchOutputMethod
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Names of a sublayer in a family's decoder layer, of the norm in front of it, and of its two linears."""
+
+    module: str
+    norm: str
+    column: str
+    row: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sublayer under the rule. ``pending``: there is a P when it starts; ``shift``, ``branch_norm``: it has these
+    vectors; ``all_reduce``: of the sync point after it, None where that is dropped."""
+
+    parts: Parts
+    pending: bool
+    shift: bool
+    branch_norm: bool
+    all_reduce: Callable[[Tensor], Tensor] | None
+
+    @property
+    def plain_input(self) -> bool:
+        """All branches get the same input."""
+        return not (self.pending or self.shift or self.branch_norm)
+
+
+class SyncPointRule(nn.Module):
+    """Mixed in front of a decoder layer of vLLM's whose forward takes and gives hidden states and residual."""
+
+    #: For a family whose layers have other names.
+    ATTENTION = Parts("self_attn", "input_layernorm", "qkv_proj", "o_proj")
+    MLP = Parts("mlp", "post_attention_layernorm", "gate_up_proj", "down_proj")
+
+    branches: int
+    attention_step: Step
+    mlp_step: Step
+
+    def follow(self, plan: SPDPlan, block: int) -> None:
+        """Make the layer compute block ``block`` of ``plan`` on this rank.
+
+        Its row-parallel linears then give partial sums, and the block's branch vectors are parameters [B, h], loaded
+        from the rank's rows of the export's [G, h].
+        """
+        schedule = plan.block_schedule(block)
+        self.branches = plan.branches // get_tensor_model_parallel_world_size()
+        reduces = [None if c is None else all_reduce_of(c) for c in collectives(plan, block)]
+        self.attention_step = Step(
+            self.ATTENTION,
+            schedule.pending,
+            schedule.attention_shift,
+            schedule.attention_norm,
+            reduces[0],
+        )
+        self.mlp_step = Step(
+            self.MLP, schedule.drop_attention, schedule.mlp_shift, schedule.mlp_norm, reduces[1]
+        )
+        for step in self.attention_step, self.mlp_step:
+            self._prepare(step)
+
+    def _prepare(self, step: Step) -> None:
+        """Set the step's linears to give partial sums, by branch where branches differ, and add its vectors."""
+        module = getattr(self, step.parts.module)
+        column, row = getattr(module, step.parts.column), getattr(module, step.parts.row)
+        row.reduce_results = False
+        row.skip_bias_add = True
+        if self.branches > 1 and not step.plain_input:
+            column.quant_method = BranchInputMethod(self.branches)
+        if self.branches > 1 and step.all_reduce is None:
+            row.quant_method = BranchOutputMethod(self.branches)
+        size = (self.branches, getattr(self, step.parts.norm).weight.shape[-1])
+        if step.shift:
+            module.spd_shift = _branch_vectors(torch.zeros(size))
+        if step.branch_norm:
+            module.spd_norm_weight = _branch_vectors(torch.ones(size))
+            module.spd_norm_bias = _branch_vectors(torch.zeros(size))
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``positions`` [T], ``hidden_states`` [T, h], or P [T, B * h] behind a dropped MLP point, and ``residual`` X
+        [T, h], None in front of the first block -> the last two after the block."""
+
+        def attention(z: Tensor) -> Tensor:
+            return getattr(self, self.ATTENTION.module)(positions=positions, hidden_states=z)
+
+        hidden_states, residual = self._advance(self.attention_step, attention, hidden_states, residual)
+        mlp = getattr(self, self.MLP.module)
+        return self._advance(self.mlp_step, mlp, hidden_states, residual)
+
+    def _advance(
+        self,
+        step: Step,
+        sublayer: Callable[[Tensor], Tensor],
+        hidden_states: Tensor,
+        residual: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step of the rule: hidden states and residual -> the same two."""
+        if step.plain_input and residual is not None:
+            # vLLM's fused kernel adds what the last point reduced and takes the norm; it may overwrite both.
+            z, x = getattr(self, step.parts.norm)(hidden_states, residual)
+        else:
+            x = hidden_states if residual is None else residual
+            if not step.pending and residual is not None:
+                x = x + hidden_states
+            z = self._branch_input(step, x, hidden_states if step.pending else None)
+        output = sublayer(z)
+        if step.pending:
+            output = self._add_pending(output, hidden_states)
+        if step.all_reduce is not None:
+            output = step.all_reduce(output)
+        bias = getattr(getattr(self, step.parts.module), step.parts.row).bias
+        return output, x if bias is None else x + bias
+
+    def _add_pending(self, output: Tensor, pending: Tensor) -> Tensor:
+        """P [T, B * h] added to a sublayer's output: branch by branch, or summed where the output [T, h] is a sum."""
+        if pending.shape[-1] != output.shape[-1]:
+            pending = pending.unflatten(-1, (self.branches, -1)).sum(-2)
+        return pending + output
+
+    def _branch_input(self, step: Step, x: Tensor, pending: Tensor | None) -> Tensor:
+        """norm(X + P_g + c_g) * w_g + b_g: [T, h] where all branches see the same, else [T, B * h]."""
+        module, norm = getattr(self, step.parts.module), getattr(self, step.parts.norm)
+        z = x.unsqueeze(-2)
+        if pending is not None:
+            z = z + pending.unflatten(-1, (self.branches, -1))
+        if step.shift:
+            z = z + module.spd_shift
+        z = norm(z.flatten(0, 1)).view_as(z)
+        if step.branch_norm:
+            z = torch.addcmul(module.spd_norm_bias, z, module.spd_norm_weight)
+        return z.flatten(-2)
+
+
+def collectives(plan: SPDPlan, block: int) -> list[str | None]:
+    """What happens at the points after a block's attention and MLP: the name of a collective, None where dropped.
+    What is pending at the end of the model is synced there, whatever the plan says of its last point."""
+    schedule = plan.block_schedule(block)
+    attention, mlp = plan.sync_points[2 * block : 2 * block + 2]
+    last = block == plan.num_layers - 1
+    return [
+        None if schedule.drop_attention else attention,
+        None if schedule.drop_mlp else FULL if last and mlp == "none" else mlp,
+    ]
+
+
+def layer_type(
+    plan: SPDPlan | None, stock: type[nn.Module], spd: type[SyncPointRule]
+) -> Callable[..., nn.Module]:
+    """What builds the layers of a model under ``plan`` in the place of vLLM's layer class ``stock``.
+
+    That is the class itself for blocks that are plain tensor parallelism, ``spd`` for the others. Raises UserError
+    where the plan does not run on this many ranks.
+    """
+    if plan is None:
+        return stock
+    plan.check_ranks(get_tensor_model_parallel_world_size())
+
+    def build(*args: Any, prefix: str, **kwargs: Any) -> nn.Module:
+        block = extract_layer_index(prefix)
+        if plan.block_schedule(block).is_stock and collectives(plan, block) == [FULL, FULL]:
+            return stock(*args, prefix=prefix, **kwargs)
+        layer = spd(*args, prefix=prefix, **kwargs)
+        layer.follow(plan, block)
+        return layer
+
+    return build
+
+
+def _branch_vectors(values: Tensor) -> nn.Parameter:
+    """A parameter [B, h] that vLLM's loader fills with the rank's rows of an export's [G, h]."""
+    vectors = nn.Parameter(values, requires_grad=False)
+    vectors.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
+    return vectors
