@@ -37,7 +37,20 @@ setup(
         "eval": ["accelerate", "lm-eval>=0.4.13"],  # tasks of `megatron-spd evaluate`
         "gguf": ["accelerate", "gguf"],  # transformers reads GGUF files with both
         "wandb": ["wandb"],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "rouge-score", "ruff"],
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "rouge-score",
+            "ruff",
+            "triton",  # runs the kernels' tests without a GPU
+        ],
     },
-    entry_points={"console_scripts": ["megatron-spd = megatron_spd.cli:main"]},
+    entry_points={
+        "console_scripts": ["megatron-spd = megatron_spd.cli:main"],
+        # vLLM calls this in every process it starts, where both are installed.
+        "vllm.general_plugins": ["megatron_spd = megatron_spd.serving.vllm:register"],
+    },
 )

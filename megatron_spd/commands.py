@@ -18,6 +18,7 @@ from megatron_spd.compensation import (
     measured_variants,
 )
 from megatron_spd.config import (
+    BenchOptions,
     CurveOptions,
     DistillOptions,
     EvaluateOptions,
@@ -36,11 +37,11 @@ from megatron_spd.errors import UserError
 from megatron_spd.evaluate.folders import check_same_vocabulary, measure_folders
 from megatron_spd.evaluate.tasks import load_tasks, task_names
 from megatron_spd.files import write_text_atomic
-from megatron_spd.plan import BlockPlan, SPDPlan
+from megatron_spd.plan import BRANCH_FLAGS, BaseModel, SPDPlan
 from megatron_spd.planning import SetSearch, choose_plan, make_search, read_scores
 from megatron_spd.report.evaluation import evaluation_text
 from megatron_spd.report.plots import plot_sensitivity
-from megatron_spd.report.tables import dropped_in_words, sensitivity_table, summary_table
+from megatron_spd.report.tables import dropped_in_words, low_bit_note, sensitivity_table, summary_table
 from megatron_spd.runtime.distributed import Runtime, initialize, shutdown
 from megatron_spd.sensitivity.sweep import sweep
 from megatron_spd.sensitivity.tiers import find_thresholds, scores_from
@@ -131,11 +132,12 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     return {
         "out": options.out,
         "dropped": made.dropped,
+        "low_bit": made.low_bit,
         "thresholds": thresholds,
         "search": choice.search,
         "tiers": {i: b.tier for i, b in enumerate(made.blocks) if b.tier},
         "text": f"{len(made.dropped)} of {len(made.sync_points)} sync points dropped "
-        f"({dropped_in_words(made.dropped)}); plan: {options.out}",
+        f"({dropped_in_words(made.dropped)}){low_bit_note(made.low_bit)}; plan: {options.out}",
     }
 
 
@@ -191,7 +193,7 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     """See DistillOptions."""
     reader = _plain_model(options.model)
     given = stages.load_plan(options.plan, reader)
-    runtime = _distillation_runtime(options, given.branches)
+    runtime = _distillation_runtime(options, reader.base_model(), given.branches)
     text = stages.TrainingText.of(reader, options, options.sequences, options.finish_sequences)
     seconds = None if options.max_minutes is None else options.max_minutes * 60
     folder = Path(options.out)
@@ -226,10 +228,12 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     }
 
 
-def _distillation_runtime(options: DistillOptions | RunOptions | CurveOptions, branches: int) -> Runtime:
+def _distillation_runtime(
+    options: DistillOptions | RunOptions | CurveOptions, base: BaseModel, branches: int
+) -> Runtime:
     """Process groups with M = ``--tensor-parallel`` (default: all ranks); the other factor is data parallel."""
     size = options.tensor_parallel or options.ranks
-    stages.check_ranks(_plain_model(options.model).base_model(), size, branches)
+    stages.check_ranks(base, size, branches)
     return initialize(size, options.seed)
 
 
@@ -241,9 +245,15 @@ def export(options: ExportOptions) -> dict[str, Any]:
     calibrated = _calibrated_folder(options.calibrated, given)
     runtime = initialize()
     weights = stages.final_weights(reader, given, distilled, calibrated)
+    if options.collectives is not None:
+        given = given.with_collectives(*options.collectives)
     stages.write_export(reader, runtime, given, weights, Path(options.out))
     shutdown()
-    return {"out": options.out, "text": f"SPD model exported to {options.out}"}
+    return {
+        "out": options.out,
+        "low_bit": given.low_bit,
+        "text": f"SPD model exported to {options.out}{low_bit_note(given.low_bit)}",
+    }
 
 
 def _distilled_folder(path: str, plan: SPDPlan) -> Path:
@@ -257,7 +267,7 @@ def _calibrated_folder(path: str | None, plan: SPDPlan) -> Path | None:
     """``--calibrated``, which a plan with shifts or branch norms (a re-fit has them) cannot do without: their values
     are nowhere else."""
     if path is None:
-        needed = [i for i in range(plan.num_layers) if _has_values(plan.blocks[i])]
+        needed = [i for i, b in enumerate(plan.blocks) if any(getattr(b, name) for name in BRANCH_FLAGS)]
         if needed:
             raise UserError(
                 f"the plan has shifts or norms (first: block {needed[0]}) whose values lie in the folder that "
@@ -265,10 +275,6 @@ def _calibrated_folder(path: str | None, plan: SPDPlan) -> Path | None:
             )
         return None
     return check_calibrated_for(plan, Path(path))
-
-
-def _has_values(block: BlockPlan) -> bool:
-    return block.attention_shift or block.mlp_shift or block.attention_norm or block.mlp_norm
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -318,8 +324,9 @@ def run(options: RunOptions) -> dict[str, Any]:
     from megatron_spd.pipeline import run_pipeline
 
     reader = _plain_model(options.model)
-    reader.base_model().check_branches(options.branches)
-    runtime = _distillation_runtime(options, options.branches)
+    base = reader.base_model()
+    base.check_branches(options.branches)
+    runtime = _distillation_runtime(options, base, options.branches)
     results = run_pipeline(reader, runtime, options)
     shutdown()
     samples = results["samples"]
@@ -334,11 +341,22 @@ def curve(options: CurveOptions) -> dict[str, Any]:
     from megatron_spd.report.curve import curve_text
 
     reader = _plain_model(options.model)
-    reader.base_model().check_branches(options.branches)
-    runtime = _distillation_runtime(options, options.branches)
+    base = reader.base_model()
+    base.check_branches(options.branches)
+    runtime = _distillation_runtime(options, base, options.branches)
     result = run_curve(reader, runtime, options)
     shutdown()
     return {**result, "text": curve_text(result)}
+
+
+def bench(options: BenchOptions) -> dict[str, Any]:
+    """See BenchOptions."""
+    from megatron_spd.latency.command import bench_model
+    from megatron_spd.report.latency import latency_text, write_latency_report
+
+    result, is_main = bench_model(options)
+    paths = write_latency_report(result, Path(options.out)) if is_main else {}
+    return {**result, "paths": paths, "text": latency_text(result, paths)}
 
 
 def _plain_model(folder: str) -> CheckpointReader:

@@ -11,6 +11,7 @@ from typing import Literal
 from megatron_spd.errors import UserError
 from megatron_spd.options import (
     VARIANTS,
+    CollectiveOptions,
     CommonOptions,
     DataOptions,
     DType,
@@ -21,6 +22,7 @@ from megatron_spd.options import (
     SyncPoints,
     TrainingOptions,
     flag,
+    numbers,
     option,
     parts,
 )
@@ -87,7 +89,7 @@ class DistillOptions(ModelOptions, DataOptions, RankOptions, TrainingOptions):
 
 
 @dataclass(kw_only=True)
-class ExportOptions(ModelOptions):
+class ExportOptions(ModelOptions, CollectiveOptions):
     """Write the SPD model as a Hugging Face folder."""
 
     plan: str = option("plan to export")
@@ -246,6 +248,54 @@ class CurveOptions(ModelOptions, RankOptions, GroupingOptions, TrainingOptions):
         return [] if self.tasks is None else [n for n in self.variant_names if n in parts(self.task_variants)]
 
 
+@dataclass(kw_only=True)
+class BenchOptions(ModelOptions, RankOptions):
+    """Time to first token and between tokens: plain tensor parallelism, SPD, low-bit, and no communication at all."""
+
+    out: str = option("folder for bench.json, bench.md, bench.png and breakdown.png")
+    branches: int | None = option("branches (G) of the compared plans; default: as many as ranks", None)
+    drops: str = option(
+        "what is dropped, with commas between: none, attention (all attention points), a number of points, or a share "
+        "of all like 50%%",
+        "none,attention",
+    )
+    collectives: str = option(
+        "collectives of the kept points, with commas between, as in a plan: full, int8, int4:g32", "full"
+    )
+    plans: str | None = option("plans or SPD exports to compare as well, with commas between", None)
+    batch_sizes: str = option("prompts at a time, with commas between", "1")
+    prompt_lengths: str = option("tokens of a prompt, with commas between", "128")
+    new_tokens: int = option("tokens to generate after each prompt", 16)
+    rounds: int = option("times that everything is timed", 10)
+    link_rates: str | None = option(
+        "Gbit/s with commas between: put each rank behind a link of that speed, in a network namespace of its own "
+        "(root only)",
+        None,
+    )
+    dtype: DType = option("type of weights and activations", "fp32")
+    seed: int = option("seed of the prompts", 1234)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not parts(self.drops) or not parts(self.collectives):
+            raise UserError("--drops and --collectives need at least one value each")
+        # Wrong numbers are refused before any rank starts.
+        _ = self.batch_values, self.prompt_values, self.rate_values
+
+    @property
+    def batch_values(self) -> list[int]:
+        return numbers("batch_sizes", self.batch_sizes, int)
+
+    @property
+    def prompt_values(self) -> list[int]:
+        return numbers("prompt_lengths", self.prompt_lengths, int)
+
+    @property
+    def rate_values(self) -> list[float]:
+        """In Gbit/s; none where the links are left as they are."""
+        return [] if self.link_rates is None else numbers("link_rates", self.link_rates, float)
+
+
 COMMANDS: dict[str, type[CommonOptions]] = {
     "prepare": PrepareOptions,
     "sensitivity": SensitivityOptions,
@@ -258,4 +308,5 @@ COMMANDS: dict[str, type[CommonOptions]] = {
     "report": ReportOptions,
     "run": RunOptions,
     "curve": CurveOptions,
+    "bench": BenchOptions,
 }

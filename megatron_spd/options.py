@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_spd.collective import FULL, CollectiveFormat
 from megatron_spd.errors import UserError
 
 SyncPoints = Literal["attention", "mlp", "any"]
@@ -43,6 +44,8 @@ LIMITS: dict[str, tuple[float, float | None]] = {
     "finish_sequences": (2, None),
     "search_budget": (0, None),
     "calibration_sequences": (2, None),
+    "new_tokens": (2, None),
+    "rounds": (1, None),
 }
 
 
@@ -90,7 +93,39 @@ class RankOptions(CommonOptions):
 
 
 @dataclass(kw_only=True)
-class SelectionOptions(CommonOptions):
+class CollectiveOptions(CommonOptions):
+    """What runs at the sync points that are kept: "full" or a low-bit format (see ``collective.py``)."""
+
+    collective: str | None = option(
+        "all-reduce at kept points: full, or low-bit int<bits>[/int<gather bits>][:g<group>] such as int8, int4:g64, "
+        "int4/int8",
+        None,
+    )
+    attention_collective: str | None = option("the same for points after an attention alone", None)
+    mlp_collective: str | None = option("the same for points after an MLP alone", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("collective", "attention_collective", "mlp_collective"):
+            given = getattr(self, name)
+            if given in (None, FULL):
+                continue
+            try:
+                CollectiveFormat.parse(given)
+            except UserError as error:
+                raise UserError(f"{flag(name)}: {error}, or {FULL}") from None
+
+    @property
+    def collectives(self) -> tuple[str, str] | None:
+        """Those after attentions and after MLPs; None where no option was given."""
+        if self.collective is self.attention_collective is self.mlp_collective is None:
+            return None
+        every = self.collective or FULL
+        return self.attention_collective or every, self.mlp_collective or every
+
+
+@dataclass(kw_only=True)
+class SelectionOptions(CollectiveOptions):
     """Which sync points are dropped; at most one of ratio, count and perplexity increase."""
 
     sync_points: SyncPoints = option("the sync points that may be dropped (attention: the paper)", "any")
@@ -235,3 +270,16 @@ def flag(name: str) -> str:
 def parts(text: str) -> list[str]:
     """What stands between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
+    """The numbers above 0 between commas in the field ``name``, each once, as given. Raises UserError for anything else
+    and for none."""
+    try:
+        values = [kind(part) for part in parts(text)]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < float("inf") for value in values):
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{flag(name)} is {text!r}; expected {what} above 0 with commas between")
+    return list(dict.fromkeys(values))

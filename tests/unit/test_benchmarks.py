@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.models import make_llama
+from megatron_spd.calibration.text import read_text, token_batches
+from megatron_spd.checkpoint.hf import CheckpointReader
+from megatron_spd.evaluate.generate import load_for_generation
+from tests.models import make_export, make_llama
 
 BENCHMARKS = Path(__file__).parents[2] / "tools" / "benchmarks"
 
@@ -73,8 +77,53 @@ def test_layer(model: Path) -> None:
     }
 
 
+def test_error_map(model: Path, tmp_path: Path) -> None:
+    # Three blocks; the second's attention point and its MLP point are dropped: the third reads what is pending.
+    export = make_export(model, tmp_path / "spd", 2, [2, 3])
+    done = map_errors(export, model)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    first, second, third = result["blocks"]
+    assert first["error"] < 1e-9 < min(second["error"], third["error"])
+    assert [b["dropped"] for b in result["blocks"]] == [[], ["attention", "mlp"], []]
+    assert sum(result["branches"]) == pytest.approx(1)
+    # Averaged over all positions it is the divergence of transformers' logits.
+    lengths = [p["to"] - p["from"] + 1 for p in result["positions"]]
+    mean = sum(n * p["kl"] for n, p in zip(lengths, result["positions"], strict=True)) / sum(lengths)
+    assert sum(lengths) == 23
+    assert mean == pytest.approx(divergence(export, model, 4, 24), rel=1e-4)
+
+
+def map_errors(spd: Path, plain: Path) -> subprocess.CompletedProcess[str]:
+    folders = ["--model", str(spd), "--against", str(plain)]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "error_map.py"),
+        *folders,
+        "--sequences",
+        "4",
+        "--seq-length",
+        "24",
+    ]
+    return subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=100, check=False)
+
+
+def divergence(export: Path, plain: Path, sequences: int, length: int) -> float:
+    """KL(plain || export) in nats per scored position, from the logits of transformers' models."""
+    tokens = token_batches(CheckpointReader(plain).tokenizer(), read_text(None), sequences, length)
+    with torch.no_grad():
+        mine, theirs = (
+            load_for_generation(folder)(tokens).logits[:, :-1].double().log_softmax(-1)
+            for folder in (export, plain)
+        )
+    return float((theirs.exp() * (theirs - mine)).sum(-1).mean())
+
+
 def test_a_mistake_is_one_line(model: Path) -> None:
     done = start("layer", model, "--branches", "3")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("layer.py: error: G = 3 branches do not divide")
     assert "Traceback" not in done.stderr
+    done = map_errors(model, model)
+    assert done.returncode == 2
+    assert f"{model} is a plain model; give an SPD export" in done.stderr.splitlines()[-1]

@@ -1,0 +1,165 @@
+"""Latency of plain and SPD models: the report of ``megatron-spd bench``.
+
+A *benchmark* dict, as it stands in ``bench.json``: ``model``, ``ranks`` (M), ``backend``, ``device``, ``cores`` and
+``threads`` of a rank, ``dtype``, ``rounds``; ``variants`` by name: ``branches`` (G), ``sync_points``, ``silent``;
+``links``, one for every speed: ``gigabits`` (as set, None where it was not), ``seconds_per_call`` and
+``bytes_per_second`` as all-reduces showed them (None between no ranks), ``nominal`` (bytes per second), and ``cases``:
+``batch``, ``prompt``, ``new_tokens``, and ``variants`` by name with the phases ``first_token`` and ``next_token``.
+
+A phase holds ``seconds`` {median, low, high: quartiles}; ``calls``, ``num_bytes``, ``sent`` of one forward pass (see
+``latency/measure.py``); ``saving`` over plain {measured, change: with quartiles; predicted, bound, of_predicted}; and
+``breakdown`` in seconds (``total``, ``outside``, ``blocks``, each with compute, communication, wait).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_spd.files import write_text_atomic
+from megatron_spd.report.document import Section, Table, pictures_of, write_document
+from megatron_spd.report.latency_plots import plot_breakdown, plot_latency
+from megatron_spd.report.tables import MISSING, number, size, text_table
+
+Benchmark = Mapping[str, Any]
+
+#: The phases of a case, and what their figures are called.
+PHASES = {"first_token": "time to first token", "next_token": "time between tokens"}
+
+HEADER = (
+    "",
+    "calls",
+    "bytes",
+    "ms",
+    "quartiles",
+    "change",
+    "saved, ms",
+    "predicted",
+    "of predicted",
+    "bytes / rate",
+)
+BREAKDOWN_HEADER = ("", "compute", "communication", "wait", "communication and wait")
+
+_NOTES = [
+    "Calls and bytes: collectives of the blocks in one forward pass of a rank, and what it gives in; the embedding's "
+    "all-reduce and the output layer's gather come on top. Times are the slowest rank's, medians and quartiles of all "
+    "rounds; a saving compares with the plain run of the same round.",
+    "Predicted: calls times what an all-reduce of one number takes, and bytes at the rate of a large all-reduce, "
+    "both measured on the same link with nothing else running. Bytes / rate: the bytes that need not be sent, at the "
+    "link's rate. No communication: plain, with collectives left out and results discarded, is the limit.",
+    "Communication: the least time that any rank spends in a collective; wait: what the others spend beyond it.",
+]
+
+
+def write_latency_report(benchmark: Benchmark, folder: Path) -> dict[str, str]:
+    """Write ``bench.json``, ``bench.html``, ``bench.md``, ``bench.png`` and ``breakdown.png`` into ``folder``, each
+    whole or not at all; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "bench.json"
+    write_text_atomic(data, json.dumps(benchmark, indent=1, allow_nan=False) + "\n")
+    pictures = {
+        "bench": plot_latency(benchmark, PHASES, folder / "bench.png"),
+        "breakdown": plot_breakdown(benchmark, PHASES, folder / "breakdown.png"),
+    }
+    written = write_document(
+        f"Latency: {benchmark['model']}", _sections(benchmark, pictures), folder, "bench"
+    )
+    return {name: str(path) for name, path in ({"json": data} | pictures | written).items()}
+
+
+def latency_text(benchmark: Benchmark, paths: Mapping[str, str]) -> str:
+    """What ``megatron-spd bench`` prints at its end."""
+    lines = [_head(benchmark)]
+    for link in benchmark["links"]:
+        for case in link["cases"]:
+            for phase, title in PHASES.items():
+                lines += [
+                    "",
+                    f"{title}: {_case_in_words(link, case)}",
+                    text_table(HEADER, phase_rows(case, phase)),
+                ]
+    if paths:
+        width = max(map(len, paths))
+        lines += ["", *(f"{name.ljust(width)}  {path}" for name, path in paths.items())]
+    return "\n".join(lines)
+
+
+def phase_rows(case: Mapping[str, Any], phase: str) -> list[tuple[str, ...]]:
+    """A row of :data:`HEADER` for every variant; the first is what the others are compared with."""
+    rows: list[tuple[str, ...]] = []
+    for name, measured in case["variants"].items():
+        one = measured[phase]
+        seconds, saving = one["seconds"], one["saving"]
+        row = [name, number(one["calls"]), size(one["num_bytes"]), _ms(seconds["median"])]
+        row.append(f"{_ms(seconds['low'])} to {_ms(seconds['high'])}")
+        if rows:
+            share = saving["of_predicted"]
+            row += [f"{100 * saving['change']['median']:+.1f} %", _ms(saving["measured"]["median"])]
+            row += [_ms(saving["predicted"]), MISSING if share is None else f"{100 * share:.0f} %"]
+            row.append(_ms(saving["bound"]))
+        rows.append((*row, *[""] * (len(HEADER) - len(row))))
+    return rows
+
+
+def breakdown_rows(case: Mapping[str, Any], phase: str) -> list[tuple[str, ...]]:
+    """A row of :data:`BREAKDOWN_HEADER`, in ms, for every variant."""
+    rows = []
+    for name, measured in case["variants"].items():
+        total = measured[phase]["breakdown"]["total"]
+        between = total["communication"] + total["wait"]
+        share = between / (between + total["compute"])
+        parts = (_ms(total[part]) for part in ("compute", "communication", "wait"))
+        rows.append((name, *parts, f"{100 * share:.0f} %"))
+    return rows
+
+
+def link_in_words(link: Mapping[str, Any]) -> str:
+    """The link's speed: as set, or else as measured."""
+    if link["gigabits"] is not None:
+        return f"{link['gigabits']:g} Gbit/s"
+    return "one rank" if link["bytes_per_second"] is None else "link as it is"
+
+
+def _ms(seconds: float) -> str:
+    return number(1000 * seconds)
+
+
+def _case_in_words(link: Mapping[str, Any], case: Mapping[str, Any]) -> str:
+    return f"{link_in_words(link)}, batch {case['batch']}, prompt {case['prompt']}, {case['new_tokens']} new tokens"
+
+
+def _head(benchmark: Benchmark) -> str:
+    return (
+        f"{benchmark['model']}: M = {benchmark['ranks']} ranks over {benchmark['backend']} on {benchmark['device']} "
+        f"({benchmark['cores']} cores, {benchmark['threads']} threads a rank), {benchmark['dtype']}, "
+        f"{benchmark['rounds']} rounds"
+    )
+
+
+def _link_shown(link: Mapping[str, Any]) -> str:
+    if link["bytes_per_second"] is None:
+        return "One rank: nothing is communicated."
+    rate = 8 * link["bytes_per_second"] / 1e9
+    call = 1000 * link["seconds_per_call"]
+    return f"An all-reduce of one number takes {number(call)} ms, a large one sends {number(rate)} Gbit/s."
+
+
+def _sections(benchmark: Benchmark, pictures: Mapping[str, Path]) -> list[Section]:
+    captions = {
+        "bench": "Times with quartiles; black lines: predicted from calls and bytes",
+        "breakdown": "Compute, communication and wait of one forward pass",
+    }
+    sections = [
+        Section("What was measured", [_head(benchmark), *_NOTES], pictures=pictures_of(pictures, **captions))
+    ]
+    for link in benchmark["links"]:
+        for case in link["cases"]:
+            tables = []
+            for phase, title in PHASES.items():
+                tables.append(Table((title, *HEADER[1:]), phase_rows(case, phase)))
+                parts = (f"{title}, parts in ms", *BREAKDOWN_HEADER[1:])
+                tables.append(Table(parts, breakdown_rows(case, phase)))
+            sections.append(Section(_case_in_words(link, case), [_link_shown(link)], tables))
+    return sections
