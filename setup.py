@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         "eval": ["accelerate", "lm-eval>=0.4.13"],  # tasks of `megatron-spd evaluate`
+        "cpu": ["numba"],  # compiled packing of low-bit all-reduces on machines without a GPU
         "gguf": ["accelerate", "gguf"],  # transformers reads GGUF files with both
         "wandb": ["wandb"],
         "dev": [

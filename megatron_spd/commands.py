@@ -19,6 +19,7 @@ from megatron_spd.compensation import (
 )
 from megatron_spd.config import (
     BenchOptions,
+    CollectivesOptions,
     CurveOptions,
     DistillOptions,
     EvaluateOptions,
@@ -357,6 +358,18 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     result, is_main = bench_model(options)
     paths = write_latency_report(result, Path(options.out)) if is_main else {}
     return {**result, "paths": paths, "text": latency_text(result, paths)}
+
+
+def collectives(options: CollectivesOptions) -> dict[str, Any]:
+    """See CollectivesOptions."""
+    from megatron_spd.latency.messages import run_messages
+    from megatron_spd.report.latency import messages_text
+
+    out = None if options.out is None else _output_file(options.out)
+    result, is_main = run_messages(options)
+    if out is not None and is_main:
+        _write_json(out, result)
+    return {**result, "text": messages_text(result)}
 
 
 def _plain_model(folder: str) -> CheckpointReader:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_spd.collective import CollectiveFormat
 from megatron_spd.errors import UserError
 from megatron_spd.options import (
     VARIANTS,
@@ -22,6 +23,8 @@ from megatron_spd.options import (
     SyncPoints,
     TrainingOptions,
     flag,
+    link_rates,
+    message_sizes,
     numbers,
     option,
     parts,
@@ -293,7 +296,44 @@ class BenchOptions(ModelOptions, RankOptions):
     @property
     def rate_values(self) -> list[float]:
         """In Gbit/s; none where the links are left as they are."""
-        return [] if self.link_rates is None else numbers("link_rates", self.link_rates, float)
+        return link_rates(self.link_rates)
+
+
+@dataclass(kw_only=True)
+class CollectivesOptions(RankOptions):
+    """All-reduces between ranks: in full against low-bit formats, for several sizes of a message."""
+
+    formats: str = option("low-bit formats, with commas between", "int8,int4,int4:g64,int4/int8")
+    messages: str = option(
+        "bytes of a message, with commas between; k and M: times 1024", "16k,64k,256k,1M,4M"
+    )
+    repeats: int = option("times that everything is timed", 15)
+    link_rates: str | None = option(
+        "Gbit/s with commas between: put each rank behind a link of that speed (root only)", None
+    )
+    dtype: DType = option("type of the values", "fp32")
+    out: str | None = option("JSON file to write", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.repeats < 1:
+            raise UserError(f"--repeats is {self.repeats}; expected a number above 0")
+        # Wrong values are refused before any rank starts.
+        _ = self.format_names, self.message_sizes, self.rate_values
+
+    @property
+    def format_names(self) -> list[str]:
+        return [str(CollectiveFormat.parse(name)) for name in parts(self.formats)]
+
+    @property
+    def message_sizes(self) -> list[int]:
+        """In bytes."""
+        return message_sizes("messages", self.messages)
+
+    @property
+    def rate_values(self) -> list[float]:
+        """In Gbit/s; none where the links are left as they are."""
+        return link_rates(self.link_rates)
 
 
 COMMANDS: dict[str, type[CommonOptions]] = {
@@ -309,4 +349,5 @@ COMMANDS: dict[str, type[CommonOptions]] = {
     "run": RunOptions,
     "curve": CurveOptions,
     "bench": BenchOptions,
+    "collectives": CollectivesOptions,
 }

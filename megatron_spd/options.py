@@ -283,3 +283,26 @@ def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
         what = "whole numbers" if kind is int else "numbers"
         raise UserError(f"{flag(name)} is {text!r}; expected {what} above 0 with commas between")
     return list(dict.fromkeys(values))
+
+
+def link_rates(text: str | None) -> list[float]:
+    """The Gbit/s between commas of ``--link-rates``; none where the links are left as they are. Raises UserError."""
+    return [] if text is None else numbers("link_rates", text, float)
+
+
+def message_sizes(name: str, text: str) -> list[int]:
+    """The bytes between commas in the field ``name``, each once; k and M stand for 1024 and its square.
+
+    Raises UserError for anything else.
+    """
+    found = []
+    for part in parts(text):
+        digits, unit = (part[:-1], part[-1]) if part[-1] in "kM" else (part, "")
+        if not digits.isdecimal() or int(digits) == 0:
+            raise UserError(
+                f"{flag(name)} is {text!r}; expected bytes like 500, 16k or 4M with commas between"
+            )
+        found.append(int(digits) * {"": 1, "k": 1024, "M": 1024**2}[unit])
+    if not found:
+        raise UserError(f"{flag(name)} is empty; expected bytes like 500, 16k or 4M with commas between")
+    return list(dict.fromkeys(found))

@@ -10,8 +10,9 @@ step more. The other cost is time: two collectives and the packing, which a smal
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
-from typing import Any
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,12 @@ from megatron_spd.collective import CollectiveFormat
 from megatron_spd.comm import quantize
 from megatron_spd.comm.all_reduce import all_reduce
 
-#: Bytes of a tensor below which a plain all-reduce is used: `python tools/benchmark_collectives.py` shows where the
-#: low-bit one starts to be faster on a given link.
+#: Bytes of a tensor below which a plain all-reduce is used: `megatron-spd collectives` shows where the low-bit one
+#: starts to be faster on a given link.
 PLAIN_BELOW = 16 * 1024
+
+#: The function of torch.distributed for the second step; PyTorch 2.13 renamed it and warns of the old name.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
 def lowbit_all_reduce(
@@ -41,14 +45,14 @@ def lowbit_all_reduce(
         return tensor
     if tensor.numel() * tensor.element_size() < plain_below:
         return all_reduce(tensor.clone(memory_format=torch.contiguous_format), group)
-    steps = _operations(tensor)
+    steps = _operations(tensor.device.type)
     chunk = fmt.chunk(tensor.numel(), ranks)
     sent = steps.quantise(_padded(tensor.reshape(-1), ranks * chunk).view(ranks, chunk), fmt.scatter)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     mine = steps.requantised_sum(received, chunk, fmt.scatter, fmt.gather)
     sums = mine.new_empty(ranks, mine.shape[1])
-    dist.all_gather_into_tensor(sums, mine, group=group)
+    getattr(dist, GATHER)(sums, mine, group=group)
     result = steps.dequantise(sums, chunk, fmt.gather).view(-1)
     return result[: tensor.numel()].view(tensor.shape).to(tensor.dtype)
 
@@ -58,7 +62,7 @@ def simulate_lowbit(partials: Tensor, fmt: CollectiveFormat) -> Tensor:
     bit, computed in one process: [...]."""
     if len(partials) == 1 or partials.numel() == 0:
         return partials.sum(0)
-    steps = _operations(partials)
+    steps = _operations(partials.device.type)
     flat = partials.flatten(1) if partials.dim() > 1 else partials[:, None]
     chunk = fmt.chunk(flat.shape[1], 1)
     wire = steps.quantise(_padded(flat, chunk), fmt.scatter)
@@ -79,10 +83,16 @@ def _padded(values: Tensor, n: int) -> Tensor:
     return F.pad(values, (0, missing)) if missing else values
 
 
-def _operations(tensor: Tensor) -> Any:
-    """The module that quantises on the tensor's device: fused kernels on a GPU that has Triton, PyTorch elsewhere."""
-    if tensor.is_cuda and find_spec("triton") is not None:
+@functools.cache
+def _operations(device: str) -> ModuleType:
+    """The module that quantises on a type of device, all with the same bytes: kernels by Triton on a GPU, by Numba on
+    the CPU, where these are installed, else plain PyTorch."""
+    if device == "cuda" and find_spec("triton") is not None:
         from megatron_spd.comm import kernels
 
         return kernels
+    if device == "cpu" and find_spec("numba") is not None:
+        from megatron_spd.comm import cpu_kernels
+
+        return cpu_kernels
     return quantize

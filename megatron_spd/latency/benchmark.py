@@ -46,7 +46,9 @@ def run_benchmark(
     runners = _runners(reader, variants, settings, runtime)
     rates: list[float | None] = [*settings.rates] or [None]
     links = []
-    with progress_bar(runtime, "latency", len(rates) * len(settings.works), "case") as bar:
+    together = settings.warm_up + settings.rounds + settings.recorded_rounds
+    runs = len(rates) * len(settings.works) * together * len(runners)
+    with progress_bar(runtime, "latency", runs, "run") as bar:
         for rate in rates:
             if rate is not None:
                 set_rate(rate)
@@ -62,9 +64,9 @@ def run_benchmark(
                     settings.warm_up,
                     settings.recorded_rounds,
                     settings.seed,
+                    bar.update,
                 )
                 cases.append({**asdict(work), "variants": _compared(measured, speed)})
-                bar.update()
             links.append({"gigabits": rate, **asdict(speed), "cases": cases})
     return _facts(variants, settings, runtime) | {"links": links}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_spd.collective import low_bit_format
-from megatron_spd.comm.lowbit import PLAIN_BELOW
+from megatron_spd.comm.lowbit import GATHER, PLAIN_BELOW
 from megatron_spd.latency.bounds import LinkSpeed, bytes_sent
 from megatron_spd.latency.breakdown import Breakdown, RankTimes, break_down, median_breakdown, rank_times
 from megatron_spd.latency.clock import clock_for
@@ -86,13 +86,14 @@ def measure(
     warm_up: int = 1,
     recorded_rounds: int = 3,
     seed: int = 0,
+    after_run: Callable[[], object] = lambda: None,
 ) -> dict[str, Measured]:
     """Time every runner once in each of ``rounds`` rounds, the first in turn changing from round to round, after
     ``warm_up`` rounds that do not count.
 
     Calls, bytes and breakdown come from ``recorded_rounds`` further rounds, so that taking them costs the timed ones
-    nothing. Called on all ranks, with the same result on each. Raises RuntimeError if a runner's collectives are not
-    those of its plan.
+    nothing. ``after_run`` is called after each run of a runner. Called on all ranks, with the same result on each.
+    Raises RuntimeError if a runner's collectives are not those of its plan.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = min(runner.model.vocab_size for runner in runners.values())
@@ -101,12 +102,14 @@ def measure(
     for number in range(warm_up + rounds):
         for name in _rotated(list(runners), number):
             times = _timed_run(runners[name], prompts, work.new_tokens, runtime)
+            after_run()
             if number >= warm_up:
                 timed[name].append(times)
     records: dict[str, list[tuple[RankTimes, RankTimes]]] = {name: [] for name in runners}
     for number in range(recorded_rounds):
         for name in _rotated(list(runners), number):
             records[name].append(_recorded_run(runners[name], prompts, runtime))
+            after_run()
     for name, runner in runners.items():
         _check_traffic(name, runner, records[name][0], prompts)
     every = _from_all_ranks((timed, records), runtime)
@@ -207,7 +210,7 @@ def expected_calls(schedule: BlockSchedule, numel: int, itemsize: int, ranks: in
         else:
             chunk = low_bit.chunk(numel, ranks)
             calls.append(("all_to_all_single", ranks * low_bit.scatter.wire_bytes(chunk)))
-            calls.append(("all_gather_into_tensor", low_bit.gather.wire_bytes(chunk)))
+            calls.append((GATHER, low_bit.gather.wire_bytes(chunk)))
     return calls
 
 

@@ -163,3 +163,32 @@ def _sections(benchmark: Benchmark, pictures: Mapping[str, Path]) -> list[Sectio
                 tables.append(Table(parts, breakdown_rows(case, phase)))
             sections.append(Section(_case_in_words(link, case), [_link_shown(link)], tables))
     return sections
+
+
+def messages_text(result: Mapping[str, Any]) -> str:
+    """What ``megatron-spd collectives`` prints; ``result``: from :func:`megatron_spd.latency.messages.run_messages`."""
+    cells = [
+        (
+            MISSING if row["gigabits"] is None else f"{row['gigabits']:g} Gbit/s",
+            size(row["bytes"]),
+            row["collective"],
+            f"{1e3 * row['seconds']:.3f} ms",
+            MISSING if row["least_seconds"] is None else f"{1e3 * row['least_seconds']:.3f} ms",
+            size(row["sent"]),
+            f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
+            f"{row['error']:.1e}",
+        )
+        for row in result["rows"]
+    ]
+    header = (
+        "link",
+        "message",
+        "collective",
+        "median",
+        "bytes / rate",
+        "sent by a rank",
+        "full over this",
+        "error",
+    )
+    head = f"{result['ranks']} ranks, {result['backend']}, {result['dtype']}, {result['repeats']} repeats"
+    return f"{head}\n{text_table(header, cells)}"

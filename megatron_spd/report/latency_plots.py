@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def plot_latency(benchmark: Benchmark, phases: Mapping[str, str], path: Path) ->
     names = list(benchmark["variants"])
     count = len(links[0]["cases"])
     width = max(5.5, 0.32 * len(links) * len(names) + 1.5)
-    figure = Figure(figsize=(2 * width, 3.4 * count + 0.9), layout="constrained", dpi=120)
+    figure = Figure(figsize=(2 * width, 3.6 * count + 0.9), layout="constrained", dpi=120)
     rows = figure.subplots(count, len(phases), squeeze=False)
     for index, row in enumerate(rows):
         for axes, (phase, title) in zip(row, phases.items(), strict=True):
@@ -43,7 +44,7 @@ def plot_latency(benchmark: Benchmark, phases: Mapping[str, str], path: Path) ->
 
 def plot_breakdown(benchmark: Benchmark, phases: Mapping[str, str], path: Path) -> Path:
     """Where the time goes in the first batch and prompt: a row for every link; stacked bars of each phase, and the
-    communication and wait of every block until the first token."""
+    communication and wait until the first token, added up over the blocks."""
     links, names = benchmark["links"], list(benchmark["variants"])
     height = max(2.2, 0.4 * len(names) + 1.1)
     figure = Figure(figsize=(16, height * len(links) + 0.8), layout="constrained", dpi=120)
@@ -54,7 +55,7 @@ def plot_breakdown(benchmark: Benchmark, phases: Mapping[str, str], path: Path) 
             _draw_parts(axes, case["variants"], names, phase)
             axes.set_title(f"{title}: {_link_name(link)}", fontsize=10)
         _draw_blocks(row[-1], case["variants"], names)
-        row[-1].set_title(f"communication and wait, first token: {_link_name(link)}", fontsize=10)
+        row[-1].set_title(f"first token, waits added up: {_link_name(link)}", fontsize=10)
     handles, labels = rows[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=len(PARTS), fontsize=9)
     handles, labels = rows[0][-1].get_legend_handles_labels()
@@ -68,12 +69,17 @@ def _colour(names: list[str], name: str) -> str:
     return PALETTE[0] if place == len(names) - 1 else PALETTE[1 + place % (len(PALETTE) - 1)]
 
 
+def _again(names: list[str], name: str) -> bool:
+    """Whether another variant has the colour already: this one is hatched, or dashed."""
+    return names.index(name) >= len(PALETTE) - 1 and name != names[-1]
+
+
 def _link_name(link: Mapping[str, Any]) -> str:
     return "link as it is" if link["gigabits"] is None else f"{link['gigabits']:g} Gbit/s"
 
 
 def _draw_bars(axes: Axes, by_link: list[Mapping[str, Any]], names: list[str], phase: str) -> None:
-    width = 0.84 / len(names)
+    width, crowded = 0.84 / len(names), len(names) > 5
     top = 0.0
     for place, name in enumerate(names):
         label: str | None = name
@@ -81,7 +87,8 @@ def _draw_bars(axes: Axes, by_link: list[Mapping[str, Any]], names: list[str], p
             one, plain = variants[name][phase], variants[names[0]][phase]
             seconds = {k: 1000 * v for k, v in one["seconds"].items()}
             x = group + (place - (len(names) - 1) / 2) * width
-            axes.bar(x, seconds["median"], 0.92 * width, color=_colour(names, name), label=label)
+            (bar,) = axes.bar(x, seconds["median"], 0.92 * width, color=_colour(names, name), label=label)
+            bar.set(edgecolor="white", linewidth=0, hatch="//" if _again(names, name) else None)
             axes.vlines(x, seconds["low"], seconds["high"], color=GREY, linewidth=1.2)
             top, label = max(top, seconds["high"]), None
             if place:
@@ -89,10 +96,17 @@ def _draw_bars(axes: Axes, by_link: list[Mapping[str, Any]], names: list[str], p
                 axes.hlines(expected, x - 0.46 * width, x + 0.46 * width, color="black", linewidth=1.6)
                 change = f"{100 * one['saving']['change']['median']:+.0f} %"
                 height = max(seconds["high"], expected)
+                turned = 90 if crowded else 0
                 axes.annotate(
-                    change, (x, height), (0, 3), textcoords="offset points", ha="center", fontsize=7
+                    change,
+                    (x, height),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7,
+                    rotation=turned,
                 )
-    axes.set_ylim(0, 1.1 * top)
+    axes.set_ylim(0, (1.2 if crowded else 1.1) * top)
 
 
 def _draw_parts(axes: Axes, variants: Mapping[str, Any], names: list[str], phase: str) -> None:
@@ -112,7 +126,9 @@ def _draw_blocks(axes: Axes, variants: Mapping[str, Any], names: list[str]) -> N
     for name in names:
         blocks = variants[name]["first_token"]["breakdown"]["blocks"]
         values = [1000 * (c + w) for c, w in zip(blocks["communication"], blocks["wait"], strict=True)]
-        axes.plot(range(len(values)), values, color=_colour(names, name), label=name, linewidth=1.4)
-    axes.set(xlabel="block", ylabel="ms")
+        style = "--" if _again(names, name) else "-"
+        steps = list(accumulate(values))
+        axes.plot(range(len(steps)), steps, style, color=_colour(names, name), label=name, linewidth=1.4)
+    axes.set(xlabel="up to block", ylabel="ms")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_spd.comm.lowbit import GATHER
 from megatron_spd.runtime.distributed import initialize
 from tests.distributed.block_cases import Case, build_case
 from tests.ranks import run_ranks
@@ -16,7 +17,7 @@ from tests.ranks import run_ranks
 ALL = (
     "all_reduce",
     "all_gather",
-    "all_gather_into_tensor",
+    GATHER,
     "reduce_scatter_tensor",
     "broadcast",
     "all_to_all_single",

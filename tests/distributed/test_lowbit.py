@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_spd.collective import CollectiveFormat
 from megatron_spd.comm.autograd import enter_segment, leave_segment, sum_low_bit
-from megatron_spd.comm.lowbit import PLAIN_BELOW, exchanged_bytes, lowbit_all_reduce, simulate_lowbit
+from megatron_spd.comm.lowbit import GATHER, PLAIN_BELOW, exchanged_bytes, lowbit_all_reduce, simulate_lowbit
 from tests.distributed.test_collectives import Counter
 from tests.quantisation_bounds import sum_bound
 from tests.ranks import run_ranks
@@ -104,7 +104,7 @@ def test_what_is_sent(text: str) -> None:
     fmt = CollectiveFormat.parse(text)
     chunk = fmt.chunk(10_000, 3)
     calls = run_ranks(3, counted, 10_000, text)[2]
-    sizes = {"all_to_all_single": fmt.scatter, "all_gather_into_tensor": fmt.gather}
+    sizes = {"all_to_all_single": fmt.scatter, GATHER: fmt.gather}
     assert calls == [(name, 3 * step.wire_bytes(chunk)) for name, step in sizes.items()]
     # Of each of the two a rank keeps a third.
     assert exchanged_bytes(10_000, 3, fmt) == sum(size for _, size in calls) * 2 // 3

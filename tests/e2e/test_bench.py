@@ -1,4 +1,4 @@
-"""`megatron-spd bench` from the command line. (On shaped links: tests/distributed/test_link.py.)"""
+"""`megatron-spd bench` and `collectives` from the command line. (On shaped links: tests/distributed/test_link.py.)"""
 
 from __future__ import annotations
 
@@ -77,3 +77,40 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, wrong: list[str], said: s
     assert said in outcome.err
     assert outcome.err.startswith(ERROR)
     assert len(outcome.err.splitlines()) == 1
+
+
+def test_collectives_of_two_ranks(tmp_path: Path) -> None:
+    out = tmp_path / "collectives.json"
+    found = answer(
+        *("collectives", "--ranks", 2, "--formats", "int8,int4:g64", "--messages", "1000,32k"),
+        *("--dtype", "bf16", "--repeats", 2, "--out", out),
+    )
+    assert json.loads(out.read_text())["rows"] == found["rows"]
+    assert [(row["bytes"], row["collective"]) for row in found["rows"]] == [
+        (size, name) for size in (1000, 32768) for name in ("full", "int8", "int4:g64")
+    ]
+    full, eight, four = found["rows"][3:]
+    # Of two ranks each sends half of the tensor, and half of the sum: 17 of 16 bits in groups of 128.
+    assert (full["sent"], full["ratio"]) == (32768, 1.0)
+    assert eight["sent"] == 2 * 64 * 138
+    assert four["sent"] == 2 * 128 * 42
+    assert full["error"] < eight["error"] < four["error"] < 0.2
+    assert all(0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in found["rows"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--ranks", "1"], "collectives need ranks to run between: give --ranks 2 or more"),
+        (["--messages", "4G"], "--messages is '4G'; expected bytes like 500, 16k or 4M"),
+        (["--messages", ","], "--messages is empty"),
+        (["--formats", "int8,full"], "collective 'full'"),
+        (["--repeats", "0"], "--repeats is 0; expected a number above 0"),
+        (["--link-rates", "-1"], "--link-rates is '-1'; expected numbers above 0"),
+    ],
+)
+def test_mistakes_of_collectives(tmp_path: Path, wrong: list[str], said: str) -> None:
+    outcome = command("collectives", "--out", tmp_path / "out.json", *wrong)
+    assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
+    assert said in outcome.err
+    assert not any(tmp_path.iterdir())

@@ -1,6 +1,6 @@
-"""The Triton kernels against their twins in PyTorch, byte for byte, under Triton's interpreter.
+"""The kernels against their twins in PyTorch, byte for byte: Numba's, and Triton's under its interpreter.
 
-The interpreter is chosen when the kernels are defined, so they run in a process of their own.
+The interpreter is chosen when the kernels are defined, so each module is tested in a process of its own.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import pytest
 
 from megatron_spd.collective import WIDTHS
 
-pytest.importorskip("triton")
-
 PROGRAM = """
-import sys, torch
+import importlib, sys, torch
 from megatron_spd.collective import CollectiveFormat
-from megatron_spd.comm import kernels, quantize
+from megatron_spd.comm import quantize
 
-for text in sys.argv[1:]:
+kernels = importlib.import_module("megatron_spd.comm." + sys.argv[1])
+for text in sys.argv[2:]:
     fmt = CollectiveFormat.parse(text)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         torch.manual_seed(0)
         n = fmt.chunk(2500, 1)  # more than one tile, the last one not full
         x = (torch.randn(3, n) * torch.exp(2 * torch.randn(3, n))).to(dtype)
+        x[1, :300] = x[1, :300].round()  # the same value several times, and both zeros
         wire = quantize.quantise(x, fmt.scatter)
         assert torch.equal(kernels.quantise(x, fmt.scatter), wire), (text, dtype)
         values = quantize.dequantise(wire, n, fmt.scatter)
@@ -43,7 +43,9 @@ for text in sys.argv[1:]:
 """
 
 
-def test_the_kernels_give_the_bytes_of_their_twins() -> None:
+@pytest.mark.parametrize(("module", "package"), [("kernels", "triton"), ("cpu_kernels", "numba")])
+def test_the_kernels_give_the_bytes_of_their_twins(module: str, package: str) -> None:
+    pytest.importorskip(package)
     formats = [
         *(f"int{bits}" for bits in WIDTHS),
         "int4/int8",
@@ -52,7 +54,7 @@ def test_the_kernels_give_the_bytes_of_their_twins() -> None:
         "int2/int8:g64",
     ]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *formats],
+        [sys.executable, "-c", PROGRAM, module, *formats],
         capture_output=True,
         text=True,
         timeout=110,
