@@ -11,4 +11,4 @@ ruff format --check .
 ruff check .
 mypy
 # Two workers share the two cores of a small machine; a file's tests stay together with their fixtures.
-pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
+pytest -n "${TEST_WORKERS:-2}" --dist loadfile --durations=30 "$@"
