@@ -6,8 +6,9 @@ few sentences kept here, so that any text can be tokenised and decoded again.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,13 +159,17 @@ def make_export(
     shifts: Sequence[tuple[int, str]] = (),
     seed: int = 1,
     norms: Sequence[tuple[int, str]] = (),
+    low_bit: Mapping[int, str] | None = None,
 ) -> Path:
     """Export the plain model in ``base`` with ``dropped`` sync points, random shifts and branch norms; returns ``out``.
 
-    ``shifts``, ``norms``: pairs (block, "attention" or "mlp"). Heads and neurons keep their order.
+    ``shifts``, ``norms``: pairs (block, "attention" or "mlp"); ``low_bit``: formats of kept points. Heads and neurons
+    keep their order.
     """
     reader = CheckpointReader(base)
     plan = SPDPlan.dense(reader.base_model(), branches).with_drops(dropped)
+    points = [(low_bit or {}).get(p, c) for p, c in enumerate(plan.sync_points)]
+    plan = dataclasses.replace(plan, sync_points=points)
     for block, sublayer in shifts:
         plan = plan.with_block(block, **{f"{sublayer}_shift": True})
     for block, sublayer in norms:

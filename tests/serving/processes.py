@@ -40,6 +40,7 @@ SMALL = {
     "max_num_seqs": 8,
     "block_size": 32,
     "kv_cache_memory_bytes": 2**28,
+    "distributed_executor_backend": "mp",
 }
 
 
@@ -54,6 +55,8 @@ def environment(ranks: int, **changes: str) -> dict[str, str]:
         # torch.compile traces the model whole, and runs what it traced without compiling kernels.
         "VLLM_CPU_CI_ENV": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        # The engine in the program's own process (the server has it in another one): importing vLLM takes seconds.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     kept = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     return kept | fixed | changes
@@ -104,35 +107,48 @@ def generate(
     new_tokens: int,
     folder: Path,
     timeout: float = 400,
+    sums: Sequence[tuple[str, int, int]] = (),
     **options: Any,
 ) -> dict[str, Any]:
-    """Greedy tokens of vLLM's offline engine, one batch of prompts (token ids) after the other: ``tokens`` and
-    ``cached`` (tokens of each prompt found in the prefix cache), both [round][prompt]."""
+    """What vLLM's offline engine answers to one batch of prompts (token ids) after the other: see
+    ``engine_program.ask``, and ``Observer.sum_is_as_simulated`` for every case of ``sums`` [case][rank]."""
     request = {
         "model": str(model),
         "options": {**SMALL, "tensor_parallel_size": ranks, **options},
         "rounds": rounds,
         "new_tokens": new_tokens,
+        "sums": sums,
     }
     return run_program("engine_program", request, folder, environment(ranks), timeout)
 
 
-@torch.inference_mode()
 def transformers_tokens(model: Path, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
     """Greedy tokens of the folder's model in transformers, fp32, never stopping early."""
+    return [tokens for tokens, _ in transformers_answers(model, prompts, new_tokens)]
+
+
+@torch.inference_mode()
+def transformers_answers(
+    model: Path, prompts: Sequence[list[int]], new_tokens: int
+) -> list[tuple[list[int], list[float]]]:
+    """As :func:`transformers_tokens`, with the logarithm of each token's probability."""
     loaded = load_for_generation(model, torch.float32)
-    out = []
+    answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        full = loaded.generate(
+        out = loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
-        out.append(full[0, len(prompt) :].tolist())
-    return out
+        tokens = out.sequences[0, len(prompt) :]
+        logprobs = torch.cat(out.logits).log_softmax(-1)
+        answers.append((tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist()))
+    return answers
 
 
 @contextlib.contextmanager

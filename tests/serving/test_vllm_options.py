@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from tests.serving.processes import NEEDS_VLLM, SMALL, environment, run_program
 
 pytestmark = NEEDS_VLLM
 
-#: Options, and a part of the message; no message where the options fit.
+#: Options ("model": one of the fixture's, default "dropped") and a part of the message, none where the options fit.
 CASES: list[tuple[dict[str, Any], str]] = [
     ({"tensor_parallel_size": 1}, ""),
     ({"tensor_parallel_size": 2}, ""),
@@ -31,29 +30,40 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"tensor_parallel_size": 2, "quantization": "experts_int8"},
         "quantized weights need one rank for each of the G = 4 branches, but M = 2",
     ),
+    ({"model": "low_bit", "enable_lora": True}, "--enable-lora does not work with an SPD model"),
+    ({"model": "plain", "enable_lora": True}, ""),
 ]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    base = make_llama(folder / "plain", hidden=96, heads=24, kv=24, layers=2, ffn=96, head_dim=32)
-    return make_export(base, folder / "spd", 4, [0])
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Exports: one point dropped; all kept, one of them low-bit; all kept."""
+    folder = tmp_path_factory.mktemp("models")
+    base = make_llama(folder / "base", hidden=96, heads=24, kv=24, layers=2, ffn=96, head_dim=32)
+    made = {
+        "dropped": make_export(base, folder / "dropped", 4, [0]),
+        "low_bit": make_export(base, folder / "low_bit", 4, [], low_bit={1: "int8"}),
+        "plain": make_export(base, folder / "plain", 4, []),
+    }
+    return {name: str(path) for name, path in made.items()}
 
 
-def test_options_are_checked_before_anything_starts(model: Path, tmp_path: Path) -> None:
-    cases = [{"model": str(model), **SMALL, **options} for options, _ in CASES]
-    answer = run_program(
-        "options_program", {"cases": cases, "again": str(model)}, tmp_path, environment(1), 200
-    )
-    for message, (options, expected) in zip(answer["messages"], CASES, strict=True):
+@pytest.fixture(scope="module")
+def answer(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("program")
+    dropped = models["dropped"]
+    cases = [SMALL | options | {"model": models[options.get("model", "dropped")]} for options, _ in CASES]
+    request = {"with": cases, "without": [SMALL | {"model": dropped}], "again": dropped}
+    return run_program("options_program", request, folder, environment(1), 200)
+
+
+def test_options_are_checked_before_anything_starts(answer: dict[str, Any]) -> None:
+    for message, (options, expected) in zip(answer["with"], CASES, strict=True):
         assert expected in message if expected else message == "", (options, message)
     # The package's own class, not the code in the export's folder.
     config = "megatron_spd.checkpoint.remote_code.configuration_spd_llama.SPDLlamaConfig"
     assert answer["config"] == config
 
 
-def test_without_the_plug_in_the_export_is_refused(model: Path, tmp_path: Path) -> None:
-    cases = [{"model": str(model), **SMALL}]
-    answer = run_program("options_program", {"cases": cases}, tmp_path, environment(1, VLLM_PLUGINS=""), 100)
-    assert "trust_remote_code=True" in answer["messages"][0]
+def test_without_the_plug_in_the_export_is_refused(answer: dict[str, Any]) -> None:
+    assert "trust_remote_code=True" in answer["without"][0]

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server with an SPD export on two ranks, asked by OpenAI's own client."""
+"""vLLM's OpenAI server with an SPD export on two ranks of two branches each, asked by OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import make_export, make_llama, tiny_tokenizer
+from tests.models import tiny_tokenizer
+from tests.serving import cases
 from tests.serving.processes import NEEDS_VLLM, server, transformers_tokens
 
 pytestmark = NEEDS_VLLM
@@ -23,12 +24,11 @@ PROMPTS = ["Every rank holds some of the heads", "The residual is added once, af
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    base = make_llama(folder / "plain", hidden=64, heads=4, kv=2, layers=4, ffn=96, head_dim=32)
+    exported = cases.export(tmp_path_factory.mktemp("model"), 4, hidden=128, heads=8, kv=4, tied=False)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(base)
-    return make_export(base, folder / "spd", 2, [0, 3, 4, 6], shifts=[(0, "mlp"), (2, "attention")])
+    tokenizer.save_pretrained(exported)
+    return exported
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,17 @@ def test_completion(address: str, expected: dict[str, list[int]], prompt: str) -
     answer = client(address).completions.create(prompt=prompt, **options())
     assert answer.choices[0].token_ids == expected[prompt]
     assert answer.usage.completion_tokens == NEW
+
+
+def test_every_kind_of_schedule(address: str, model: Path) -> None:
+    """A batch of token ids; asked again, from the prefix cache."""
+    expected = transformers_tokens(model, cases.PROMPTS, NEW)
+    # Otherwise equality would say nothing of the plan.
+    plain = transformers_tokens(model.parent / "plain", cases.PROMPTS, NEW)
+    assert all(a != b for a, b in zip(expected, plain, strict=True))
+    for _ in range(2):
+        answer = client(address).completions.create(prompt=cases.PROMPTS, **options())
+        assert [choice.token_ids for choice in answer.choices] == expected
 
 
 def test_chat(address: str, expected: dict[str, list[int]]) -> None:

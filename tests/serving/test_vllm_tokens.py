@@ -1,57 +1,69 @@
-"""vLLM generates the tokens of the exported model in transformers, for every kind of schedule and of M and G."""
+"""Several ranks of vLLM generate the tokens of the exported model in transformers, for every kind of schedule."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_spd.checkpoint.prepare import prepare
-from tests.models import make_export, make_llama
-from tests.serving.processes import NEEDS_VLLM, generate, transformers_tokens
+from megatron_spd.collective import CollectiveFormat
+from tests.models import make_export
+from tests.serving.cases import LOW_BIT, NEW, PROMPTS, export
+from tests.serving.processes import (
+    NEEDS_VLLM,
+    SMALL,
+    generate,
+    transformers_answers,
+    transformers_tokens,
+)
 
 pytestmark = NEEDS_VLLM
 
-NEW = 8
-#: The third is prefilled in several chunks; the fourth shares more than one cache block with it.
-LONG = [(7 * i) % 300 + 3 for i in range(150)]
-PROMPTS = [[5, 17, 100, 42, 9], [250], LONG, [*LONG[:100], 8, 9]]
-
-#: Block 0: attention dropped, with a shift and a branch norm behind it. Block 1: MLP dropped, behind a shift. Blocks 2
-#: to 4: a run of dropped points through whole blocks, with shifts and norms in it. Block 5: as vLLM has it. Block 6: a
-#: shift and norms where nothing is pending. Block 7: attention and the last point, which is synced in any case.
-LAYERS = 8
-DROPPED = [0, 3, 4, 5, 6, 7, 8, 14, 15]
-SHIFTS = [(0, "mlp"), (1, "mlp"), (2, "attention"), (4, "attention"), (6, "attention")]
-NORMS = [(0, "mlp"), (3, "attention"), (4, "mlp"), (6, "mlp")]
+HIDDEN = 96
 
 
-def export(folder: Path, branches: int, **model: Any) -> Path:
-    """A random model's export with every kind of schedule, at ``folder/spd``."""
-    base = make_llama(folder / "plain", layers=LAYERS, ffn=96, head_dim=32, **model)
-    return make_export(base, folder / "spd", branches, DROPPED, shifts=SHIFTS, norms=NORMS)
+def test_one_branch_on_each_of_three_ranks_with_low_bit_points(tmp_path: Path) -> None:
+    """Messages of few tokens go through plain all-reduces and the answers are exact; where the long prompt is
+    prefilled, kept points are low-bit: its tokens are the same, their probabilities nearly so."""
+    model = export(tmp_path, 3, LOW_BIT, hidden=HIDDEN, heads=6, kv=3, biases=True)
+    answers = transformers_answers(model, PROMPTS, NEW)
+    short, long, both = PROMPTS[:2], PROMPTS[2:3], PROMPTS[2:]
+    sums = [(text, 64, HIDDEN) for text in sorted({*LOW_BIT.values(), "int4/int8:g32"})]
+    observer = "tests.serving.observer.Observer"
+    found = generate(model, 3, [short, long, both], NEW, tmp_path, sums=sums, worker_extension_cls=observer)
+    tokens, logprobs = [list(part) for part in zip(*answers, strict=True)]
+    assert found["tokens"] == [tokens[:2], tokens[2:3], tokens[2:]]
+    assert found["cached"][2] == [128, 96]
+    assert found["sums"] == [[True] * 3] * len(sums)
+
+    def errors(number: int, expected: list[list[float]]) -> list[float]:
+        pairs = zip(found["logprobs"][number], expected, strict=True)
+        return [abs(a - b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True)]
+
+    assert max(errors(0, logprobs[:2])) < 1e-4
+    assert 1e-3 < max(errors(1, logprobs[2:3])) < 0.2
+    # The chunks of the long prompt that are not small, and nothing else.
+    budget = SMALL["max_num_batched_tokens"]
+    expected = sent_by_a_forward(budget * HIDDEN) * (len(PROMPTS[2]) // budget)
+    low_bit = [[only_low_bit(calls, expected) for calls in ranks] for ranks in found["collectives"]]
+    assert low_bit == [[[]] * 3, [expected] * 3, [[]] * 3]
 
 
-def check(model: Path, ranks: int, folder: Path) -> None:
-    """Both rounds give transformers' tokens; the second one from the prefix cache."""
-    expected = transformers_tokens(model, PROMPTS, NEW)
-    # Otherwise equality would say nothing of the plan.
-    assert all(
-        a != b for a, b in zip(expected, transformers_tokens(folder / "plain", PROMPTS, NEW), strict=True)
-    )
-    found = generate(model, ranks, [PROMPTS, PROMPTS], NEW, folder)
-    assert found["tokens"] == [expected, expected]
-    assert found["cached"][1][2] >= 128
+def sent_by_a_forward(numel: int) -> list[list[object]]:
+    """What each of three ranks gives in to its collectives for the low-bit points."""
+    calls: list[list[object]] = []
+    for text in LOW_BIT.values():
+        fmt = CollectiveFormat.parse(text)
+        chunk = fmt.chunk(numel, 3)
+        calls.append(["all_to_all_single", 3 * fmt.scatter.wire_bytes(chunk)])
+        calls.append(["all_gather_into_tensor", fmt.gather.wire_bytes(chunk)])
+    return calls
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_one_branch_or_all_on_a_rank(tmp_path: Path, ranks: int) -> None:
-    check(export(tmp_path, 3, hidden=96, heads=6, kv=3, biases=True), ranks, tmp_path)
-
-
-def test_two_branches_on_each_of_two_ranks(tmp_path: Path) -> None:
-    check(export(tmp_path, 4, hidden=128, heads=8, kv=4, tied=False), 2, tmp_path)
+def only_low_bit(calls: list[list[object]], expected: list[list[object]]) -> list[list[object]]:
+    """Without vLLM's own: the output layer is gathered, and small messages are summed."""
+    return [call for call in calls if call[0] == "all_to_all_single" or call in expected]
 
 
 @pytest.mark.slow

@@ -36,11 +36,13 @@ def check_options(plan: SPDPlan, vllm_config: VllmConfig) -> None:
     hidden states between blocks, which are partial sums where a plan drops points."""
     ranks = vllm_config.parallel_config.tensor_parallel_size
     plan.check_ranks(ranks)
-    if all(c == "full" for c in plan.sync_points):
+    if all(plan.block_schedule(block).is_stock for block in range(plan.num_layers)):
         return
     for given, option, instead in _refused(vllm_config):
         if given:
-            raise UserError(f"{option} does not work with an SPD model whose points are dropped; {instead}")
+            raise UserError(
+                f"{option} does not work with an SPD model (points dropped or low-bit); {instead}"
+            )
     if ranks < plan.branches and vllm_config.model_config.quantization is not None:
         raise UserError(
             f"quantized weights need one rank for each of the G = {plan.branches} branches, but M = {ranks}; serve "

@@ -1,4 +1,9 @@
-"""The all-reduce of a kept sync point on vLLM's tensor-parallel group."""
+"""The all-reduce of a kept sync point on vLLM's tensor-parallel group.
+
+A low-bit collective is about what is sent. On one rank nothing is sent, so there a low-bit point is exact, as in the
+exported transformers model; `megatron-spd evaluate` in contrast computes on one device what G ranks would get. With
+1 < M < G a rank sums its branches before it quantises, so that numbers depend on M.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +30,15 @@ def all_reduce_of(collective: str) -> Callable[[Tensor], Tensor]:
 def _lowbit_operators() -> Any:
     """The namespace of operators with ``lowbit_all_reduce(tensor, collective)``, which torch.compile takes whole."""
     from megatron_spd.collective import CollectiveFormat
-    from megatron_spd.comm.lowbit import lowbit_all_reduce
+    from megatron_spd.comm.lowbit import PLAIN_BELOW, lowbit_all_reduce
 
     def reduced(tensor: Tensor, collective: str) -> Tensor:
-        return lowbit_all_reduce(tensor, CollectiveFormat.parse(collective), get_tp_group().device_group)
+        group = get_tp_group()
+        if tensor.numel() * tensor.element_size() < PLAIN_BELOW:
+            # vLLM's own all-reduce, made for small messages; a copy, because an operator must not return its input.
+            return group.all_reduce(tensor.clone())
+        fmt = CollectiveFormat.parse(collective)
+        return lowbit_all_reduce(tensor, fmt, group.device_group, plain_below=0)
 
     def shape(tensor: Tensor, collective: str) -> Tensor:
         return torch.empty_like(tensor)

@@ -24,7 +24,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.models.utils import extract_layer_index
 
-from megatron_spd.plan import FULL, SPDPlan
+from megatron_spd.plan import SPDPlan
 from megatron_spd.serving.vllm.collective import all_reduce_of
 from megatron_spd.serving.vllm.linear import BranchInputMethod, BranchOutputMethod
 
@@ -75,16 +75,19 @@ class SyncPointRule(nn.Module):
         """
         schedule = plan.block_schedule(block)
         self.branches = plan.branches // get_tensor_model_parallel_world_size()
-        reduces = [None if c is None else all_reduce_of(c) for c in collectives(plan, block)]
         self.attention_step = Step(
             self.ATTENTION,
             schedule.pending,
             schedule.attention_shift,
             schedule.attention_norm,
-            reduces[0],
+            None if schedule.drop_attention else all_reduce_of(schedule.attention_collective),
         )
         self.mlp_step = Step(
-            self.MLP, schedule.drop_attention, schedule.mlp_shift, schedule.mlp_norm, reduces[1]
+            self.MLP,
+            schedule.drop_attention,
+            schedule.mlp_shift,
+            schedule.mlp_norm,
+            None if schedule.drop_mlp else all_reduce_of(schedule.mlp_collective),
         )
         for step in self.attention_step, self.mlp_step:
             self._prepare(step)
@@ -163,18 +166,6 @@ class SyncPointRule(nn.Module):
         return z.flatten(-2)
 
 
-def collectives(plan: SPDPlan, block: int) -> list[str | None]:
-    """What happens at the points after a block's attention and MLP: the name of a collective, None where dropped.
-    What is pending at the end of the model is synced there, whatever the plan says of its last point."""
-    schedule = plan.block_schedule(block)
-    attention, mlp = plan.sync_points[2 * block : 2 * block + 2]
-    last = block == plan.num_layers - 1
-    return [
-        None if schedule.drop_attention else attention,
-        None if schedule.drop_mlp else FULL if last and mlp == "none" else mlp,
-    ]
-
-
 def layer_type(
     plan: SPDPlan | None, stock: type[nn.Module], spd: type[SyncPointRule]
 ) -> Callable[..., nn.Module]:
@@ -189,7 +180,7 @@ def layer_type(
 
     def build(*args: Any, prefix: str, **kwargs: Any) -> nn.Module:
         block = extract_layer_index(prefix)
-        if plan.block_schedule(block).is_stock and collectives(plan, block) == [FULL, FULL]:
+        if plan.block_schedule(block).is_stock:
             return stock(*args, prefix=prefix, **kwargs)
         layer = spd(*args, prefix=prefix, **kwargs)
         layer.follow(plan, block)
