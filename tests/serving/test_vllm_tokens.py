@@ -8,6 +8,7 @@ import pytest
 
 from megatron_spd.checkpoint.prepare import prepare
 from megatron_spd.collective import CollectiveFormat
+from megatron_spd.comm.lowbit import GATHER
 from tests.models import make_export
 from tests.serving.cases import LOW_BIT, NEW, PROMPTS, export
 from tests.serving.processes import (
@@ -57,7 +58,7 @@ def sent_by_a_forward(numel: int) -> list[list[object]]:
         fmt = CollectiveFormat.parse(text)
         chunk = fmt.chunk(numel, 3)
         calls.append(["all_to_all_single", 3 * fmt.scatter.wire_bytes(chunk)])
-        calls.append(["all_gather_into_tensor", fmt.gather.wire_bytes(chunk)])
+        calls.append([GATHER, fmt.gather.wire_bytes(chunk)])
     return calls
 
 
