@@ -22,6 +22,9 @@ INGREDIENTS = ("heads", "neurons", "shift", "norm", "refit")
 VARIANTS = ("zero-shot", "shift", "heads", "neurons", "all", "b2b", "finish")
 DType = Literal["fp32", "bf16"]
 
+#: Sets that a search measures where nothing else is said.
+SEARCH_BUDGET = 24
+
 #: Least and greatest value of a number, by field name; None: no bound.
 LIMITS: dict[str, tuple[float, float | None]] = {
     "branches": (1, None),
@@ -148,7 +151,7 @@ class SelectionOptions(CollectiveOptions):
     )
     search_budget: int | None = option(
         "sets of points that the search may measure; 0: choose by single points alone; default: 24, or 0 for the "
-        "paper's recovery and points",
+        "paper's recovery and points (without --collectives)",
         None,
     )
 
@@ -173,7 +176,7 @@ class SelectionOptions(CollectiveOptions):
         """The search's budget, with its default."""
         if self.search_budget is not None:
             return self.search_budget
-        return 0 if self.recovery == "paper" and self.sync_points == "attention" else 24
+        return 0 if self.recovery == "paper" and self.sync_points == "attention" else SEARCH_BUDGET
 
 
 @dataclass(kw_only=True)
@@ -227,6 +230,13 @@ class OptimizeOptions(SelectionOptions):
     def formats(self) -> list[str]:
         """The low-bit formats to choose among, in their canonical spelling; none without ``--collectives``."""
         return low_bit_formats("collectives", self.collectives)
+
+    @property
+    def sets_to_measure(self) -> int:
+        """The search's budget: with several collectives the paper's points are measured too."""
+        if self.search_budget is None and self.collectives is not None:
+            return SEARCH_BUDGET
+        return super().sets_to_measure
 
 
 @dataclass(kw_only=True)

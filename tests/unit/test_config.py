@@ -185,6 +185,9 @@ def test_several_collectives(kind: type[PlanOptions | RunOptions]) -> None:
     )
     assert (options.optimize, options.link_rate, options.call_latency) == ("latency", 1.0, 0.2)
     assert parse(kind).formats == []
+    paper = ["--recovery", "paper", "--sync-points", "attention"]
+    assert parse(kind, *paper).sets_to_measure == 0
+    assert parse(kind, *paper, *f"{LIMITED} --collectives int8".split()).sets_to_measure == 24
 
 
 def test_collectives_to_measure() -> None:
