@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from megatron_spd.report.style import GREY, MARKERS, PALETTE, perplexity_scale
+from megatron_spd.report.style import GREY, MARKERS, PALETTE, PLAIN, perplexity_scale
 
 #: The first of the palette is too light for a thin marker.
 _COLOURS = PALETTE[1:]
@@ -43,6 +43,12 @@ def draw_low_bit(left: Axes, right: Axes, scores: Mapping[str, Mapping[int, floa
     right.set(xlabel="points, least sensitive first")
     every = [score for by_point in scores.values() for score in by_point.values()]
     for axes in (left, right):
-        axes.axhline(0, color="black", linewidth=0.8)
         axes.grid(alpha=0.3)
-        perplexity_scale(axes, every)
+        if min(every) > 0:
+            # Formats may lie orders of magnitude apart.
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(PLAIN)
+            axes.set_ylim(min(every) / 2, max(every) * 5)
+        else:
+            axes.axhline(0, color="black", linewidth=0.8)
+            perplexity_scale(axes, every)
