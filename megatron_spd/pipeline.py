@@ -307,7 +307,7 @@ class _Pipeline:
             rows.append(
                 [2 * e["block"], e["block"], "attention (Algorithm 1)", e["perplexity"], e["sensitivity"]]
             )
-        for e in measured["low_bit"] or ():
+        for e in measured.get("low_bit") or ():
             rows.append(
                 [e["point"], e["block"], f"{e['kind']}, {e['collective']}", *(e[c] for c in columns[3:])]
             )
