@@ -107,20 +107,23 @@ class PlanOptimizer:
         """The choice of least cost whose predicted damage is at most ``allowance`` (>= 0); of several the one of least
         damage."""
         scale = max(allowance, _LEAST_SCALE * typical(self._damage.tolist()))
-        within = LinearConstraint(self._damage[None] / scale, -np.inf, allowance / scale)
+        # What is too much alone is ruled out here: beside its size the solver's tolerances would not be small.
+        possible = Bounds(0, (self._damage <= allowance).astype(np.float64))
+        damage = np.where(possible.ub, self._damage, 0.0) / scale
+        within = LinearConstraint(damage[None], -np.inf, allowance / scale)
         unit = max(self._costs.values()) or 1.0
         cost = self._cost / unit
-        cheapest = self._solve(cost, within)
+        cheapest = self._solve(cost, within, possible)
         no_dearer = LinearConstraint(cost[None], -np.inf, float(cost @ cheapest) + 1e-9)
-        best = self._solve(self._damage / scale, no_dearer)
+        best = self._solve(damage, no_dearer, possible)
         return tuple(c for (_, c), x in zip(self._names, best.tolist(), strict=False) if x)
 
-    def _solve(self, objective: Array, limit: LinearConstraint) -> Array:
+    def _solve(self, objective: Array, limit: LinearConstraint, possible: Bounds) -> Array:
         """The variables [n] that minimise ``objective`` under ``limit``, each 0 or 1."""
         found = milp(
             objective * _SOLVER_SCALE,
             integrality=np.ones_like(objective),
-            bounds=Bounds(0, 1),
+            bounds=possible,
             constraints=[*self._rules, limit],
             options={"mip_rel_gap": 0.0},
         )

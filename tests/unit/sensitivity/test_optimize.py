@@ -93,6 +93,15 @@ def test_a_format_that_saves_nothing_is_never_chosen() -> None:
     assert optimizer.cheapest(0.1) == ("int4", "full")
 
 
+def test_points_that_ruin_a_model_leave_the_others_exact() -> None:
+    """Damages of very different sizes: the limit is kept to a small part of the smallest."""
+    drops = {0: 50.0, 1: 1.00001e-4, 2: 700.0, 3: 1e-4}
+    optimizer = PlanOptimizer(4, drops, {}, {"none": 0.0, "full": 1.0}, Prices(0.0, 0.0))
+    assert optimizer.cheapest(1e-4) == ("full", "full", "full", "none")
+    assert optimizer.cheapest(2.00002e-4) == ("full", "none", "full", "none")
+    assert optimizer.cheapest(1000.0) == ("none",) * 4
+
+
 def test_points_without_scores_stay_full() -> None:
     optimizer = PlanOptimizer(3, {1: 0.5}, {}, {"none": 0.0, "full": 1.0}, Prices(0.0, 0.0))
     assert optimizer.cheapest(10.0) == ("full", "none", "full")
