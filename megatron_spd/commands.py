@@ -38,14 +38,16 @@ from megatron_spd.errors import UserError
 from megatron_spd.evaluate.folders import check_same_vocabulary, measure_folders
 from megatron_spd.evaluate.tasks import load_tasks, task_names
 from megatron_spd.files import write_text_atomic
+from megatron_spd.optimizing import choose_or_optimize
 from megatron_spd.plan import BRANCH_FLAGS, BaseModel, SPDPlan
-from megatron_spd.planning import SetSearch, choose_plan, make_search, read_scores
+from megatron_spd.planning import SetSearch, make_search, read_scores
 from megatron_spd.report.evaluation import evaluation_text
+from megatron_spd.report.optimized import optimized_text
 from megatron_spd.report.plots import plot_sensitivity
 from megatron_spd.report.tables import dropped_in_words, low_bit_note, sensitivity_table, summary_table
 from megatron_spd.runtime.distributed import Runtime, initialize, shutdown
 from megatron_spd.sensitivity.sweep import sweep
-from megatron_spd.sensitivity.tiers import find_thresholds, scores_from
+from megatron_spd.sensitivity.tiers import find_thresholds, low_bit_scores, scores_from
 
 
 def prepare(options: PrepareOptions) -> dict[str, Any]:
@@ -82,7 +84,8 @@ def sensitivity(options: SensitivityOptions) -> dict[str, Any]:
         unfinished,
         order,
         variants,
-        options.measure or ("kl" if options.grouped else "perplexity"),
+        options.measure or ("kl" if options.grouped or options.formats else "perplexity"),
+        options.formats,
     )
     result |= {"fingerprint": base.fingerprint, "model": options.model, "data": options.data or "embedded"}
     result |= {"grouped": options.grouped}
@@ -108,6 +111,7 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     out = _output_file(options.out)
     try:
         read_scores(base, options.branches, measured, options, options.model)
+        low_bit_scores(measured, options.sync_points, options.formats)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError) as error:
@@ -119,12 +123,13 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     search = None
     if options.sets_to_measure:
         search = _make_search(reader, runtime, options, out.with_name(out.name + ".search.json"))
-    choice = choose_plan(base, options.branches, measured, options, options.model, search)
+    choice = choose_or_optimize(reader, options.branches, measured, options, search)
     thresholds = dataclasses.asdict(choice.thresholds)
     made = choice.plan.with_provenance(
         sensitivity={k: measured.get(k) for k in ("data", "tokens", "method", "plain_perplexity", "grouped")},
         thresholds=thresholds,
         search=choice.search,
+        optimized=choice.optimized,
         versions=stages.package_versions(),
     )
     if runtime.is_main:
@@ -136,9 +141,11 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         "low_bit": made.low_bit,
         "thresholds": thresholds,
         "search": choice.search,
+        "optimized": choice.optimized,
         "tiers": {i: b.tier for i, b in enumerate(made.blocks) if b.tier},
         "text": f"{len(made.dropped)} of {len(made.sync_points)} sync points dropped "
-        f"({dropped_in_words(made.dropped)}){low_bit_note(made.low_bit)}; plan: {options.out}",
+        f"({dropped_in_words(made.dropped)}){low_bit_note(made.low_bit)}; plan: {options.out}"
+        + ("" if choice.optimized is None else f"\n{optimized_text(choice.optimized)}"),
     }
 
 
@@ -246,8 +253,8 @@ def export(options: ExportOptions) -> dict[str, Any]:
     calibrated = _calibrated_folder(options.calibrated, given)
     runtime = initialize()
     weights = stages.final_weights(reader, given, distilled, calibrated)
-    if options.collectives is not None:
-        given = given.with_collectives(*options.collectives)
+    if options.kept_collectives is not None:
+        given = given.with_collectives(*options.kept_collectives)
     stages.write_export(reader, runtime, given, weights, Path(options.out))
     shutdown()
     return {

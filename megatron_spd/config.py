@@ -18,12 +18,13 @@ from megatron_spd.options import (
     DType,
     GroupingOptions,
     ModelOptions,
+    OptimizeOptions,
     RankOptions,
-    SelectionOptions,
     SyncPoints,
     TrainingOptions,
     flag,
     link_rates,
+    low_bit_formats,
     message_sizes,
     numbers,
     option,
@@ -53,15 +54,28 @@ class SensitivityOptions(ModelOptions, RankOptions, GroupingOptions):
     grouped: bool = option("measure with every dropped point's blocks grouped and compensated", False)
     measure: Literal["perplexity", "kl"] | None = option(
         "perplexity: the paper's; kl: the perplexity that the divergence from the plain model's predictions stands "
-        "for, with far less noise; default: kl with --grouped, else perplexity",
+        "for, with far less noise; default: kl with --grouped or --collectives, else perplexity",
+        None,
+    )
+    collectives: str | None = option(
+        "low-bit formats with commas between, as int8,int4: also measure each of them at every point, nothing dropped",
         None,
     )
     dtype: DType = option("type of weights and activations", "fp32")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.formats  # wrong ones are refused before anything starts
+
+    @property
+    def formats(self) -> list[str]:
+        """The low-bit formats to measure, in their canonical spelling."""
+        return low_bit_formats("collectives", self.collectives)
+
 
 @dataclass(kw_only=True)
-class PlanOptions(ModelOptions, RankOptions, SelectionOptions, GroupingOptions):
-    """Choose the sync points to drop."""
+class PlanOptions(ModelOptions, RankOptions, OptimizeOptions, GroupingOptions):
+    """Choose the sync points to drop, and the collectives of the others."""
 
     sensitivity: str = option("JSON file written by the command sensitivity")
     branches: int = option("branches of the SPD model (G)")
@@ -157,7 +171,7 @@ class ReportOptions(CommonOptions):
 
 
 @dataclass(kw_only=True)
-class RunOptions(ModelOptions, RankOptions, SelectionOptions, GroupingOptions, TrainingOptions):
+class RunOptions(ModelOptions, RankOptions, OptimizeOptions, GroupingOptions, TrainingOptions):
     """The whole chain into one run folder; a run that was stopped goes on."""
 
     branches: int = option("branches of the SPD model (G)")

@@ -14,11 +14,16 @@ from megatron_spd.errors import UserError
 
 SyncPoints = Literal["attention", "mlp", "any"]
 Recovery = Literal["zs", "paper", "grouped", "full"]
+#: What a plan with several collectives is to save.
+Objective = Literal["bytes", "latency"]
 #: What calibration may use, by the names of ``--ingredients``.
 INGREDIENTS = ("heads", "neurons", "shift", "norm", "refit")
 #: What the curve compares, by the names of ``--variants``; the last two are trained.
 VARIANTS = ("zero-shot", "shift", "heads", "neurons", "all", "b2b", "finish")
 DType = Literal["fp32", "bf16"]
+
+#: Sets that a search measures where nothing else is said.
+SEARCH_BUDGET = 24
 
 #: Least and greatest value of a number, by field name; None: no bound.
 LIMITS: dict[str, tuple[float, float | None]] = {
@@ -46,6 +51,9 @@ LIMITS: dict[str, tuple[float, float | None]] = {
     "calibration_sequences": (2, None),
     "new_tokens": (2, None),
     "rounds": (1, None),
+    "call_latency": (0, 60_000),
+    "prompt_tokens": (1, None),
+    "ranks_served": (2, None),
 }
 
 
@@ -108,15 +116,11 @@ class CollectiveOptions(CommonOptions):
         super().__post_init__()
         for name in ("collective", "attention_collective", "mlp_collective"):
             given = getattr(self, name)
-            if given in (None, FULL):
-                continue
-            try:
-                CollectiveFormat.parse(given)
-            except UserError as error:
-                raise UserError(f"{flag(name)}: {error}, or {FULL}") from None
+            if given not in (None, FULL):
+                _format(name, given)
 
     @property
-    def collectives(self) -> tuple[str, str] | None:
+    def kept_collectives(self) -> tuple[str, str] | None:
         """Those after attentions and after MLPs; None where no option was given."""
         if self.collective is self.attention_collective is self.mlp_collective is None:
             return None
@@ -147,7 +151,7 @@ class SelectionOptions(CollectiveOptions):
     )
     search_budget: int | None = option(
         "sets of points that the search may measure; 0: choose by single points alone; default: 24, or 0 for the "
-        "paper's recovery and points",
+        "paper's recovery and points (without --collectives)",
         None,
     )
 
@@ -172,7 +176,67 @@ class SelectionOptions(CollectiveOptions):
         """The search's budget, with its default."""
         if self.search_budget is not None:
             return self.search_budget
-        return 0 if self.recovery == "paper" and self.sync_points == "attention" else 24
+        return 0 if self.recovery == "paper" and self.sync_points == "attention" else SEARCH_BUDGET
+
+
+@dataclass(kw_only=True)
+class OptimizeOptions(SelectionOptions):
+    """Several collectives among which a plan chooses, point by point, beside dropping it."""
+
+    collectives: str | None = option(
+        "choose at every point among drop, full and these low-bit formats, with commas between, such as int8,int4: the "
+        "cheapest plan that keeps --max-perplexity-increase",
+        None,
+    )
+    optimize: Objective | None = option(
+        "what is cheap, with --collectives. bytes: fewest bytes for each token; latency: least predicted time of the "
+        "collectives of a prompt; default: bytes",
+        None,
+    )
+    link_rate: float | None = option("for latency: Gbit/s that a rank sends", None)
+    call_latency: float | None = option(
+        "for latency: milliseconds of a collective call beside its bytes; default: 0", None
+    )
+    prompt_tokens: int | None = option("for latency: tokens of the prompt; default: 128", None)
+    ranks_served: int | None = option(
+        "for latency: tensor-parallel ranks that will serve the model; default: as many as --branches", None
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        latency = ("link_rate", "call_latency", "prompt_tokens", "ranks_served")
+        given = [flag(name) for name in ("optimize", *latency) if getattr(self, name) is not None]
+        if self.collectives is None:
+            if given:
+                raise UserError(
+                    f"{given[0]} is for plans with several collectives; name the low-bit ones with --collectives"
+                )
+            return
+        if not self.formats:
+            raise UserError(f"--collectives is {self.collectives!r}; expected at least one low-bit format")
+        if self.kept_collectives is not None:
+            raise UserError("--collective and --collectives exclude each other; give one of them")
+        if self.max_perplexity_increase is None:
+            raise UserError("--collectives needs the accuracy to keep: give --max-perplexity-increase")
+        if self.optimize == "latency":
+            if self.link_rate is None or not 0 < self.link_rate < float("inf"):
+                raise UserError(
+                    f"--optimize latency needs --link-rate above 0 (Gbit/s), got {self.link_rate}"
+                )
+        elif given := [flag(name) for name in latency if getattr(self, name) is not None]:
+            raise UserError(f"{given[0]} is for --optimize latency")
+
+    @property
+    def formats(self) -> list[str]:
+        """The low-bit formats to choose among, in their canonical spelling; none without ``--collectives``."""
+        return low_bit_formats("collectives", self.collectives)
+
+    @property
+    def sets_to_measure(self) -> int:
+        """The search's budget: with several collectives the paper's points are measured too."""
+        if self.search_budget is None and self.collectives is not None:
+            return SEARCH_BUDGET
+        return super().sets_to_measure
 
 
 @dataclass(kw_only=True)
@@ -270,6 +334,23 @@ def flag(name: str) -> str:
 def parts(text: str) -> list[str]:
     """What stands between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def low_bit_formats(name: str, text: str | None) -> list[str]:
+    """The low-bit formats between commas in the field ``name``, canonical, each once; "full" may be among them. Raises
+    UserError for anything else."""
+    found = []
+    for part in parts(text or ""):
+        if part != FULL:
+            found.append(_format(name, part))
+    return list(dict.fromkeys(found))
+
+
+def _format(name: str, text: str) -> str:
+    try:
+        return str(CollectiveFormat.parse(text))
+    except UserError as error:
+        raise UserError(f"{flag(name)}: {error}, or {FULL}") from None
 
 
 def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:

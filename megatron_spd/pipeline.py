@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_spd import stages
@@ -31,8 +30,9 @@ from megatron_spd.errors import UserError
 from megatron_spd.evaluate.generate import generate_text
 from megatron_spd.evaluate.perplexity import plan_nll
 from megatron_spd.evaluate.statistics import paired_difference, perplexity_interval
-from megatron_spd.plan import BaseModel, SPDPlan
-from megatron_spd.planning import Choice, choose_plan, make_search
+from megatron_spd.optimizing import choose_or_optimize
+from megatron_spd.plan import SPDPlan
+from megatron_spd.planning import Choice, make_search
 from megatron_spd.report.run import write_report
 from megatron_spd.run_folder import RunFolder, run_identity
 from megatron_spd.runtime.distributed import Runtime
@@ -88,7 +88,7 @@ class _Pipeline:
         folder, base = self.folder, self.reader.base_model()
         measured = folder.stage("sensitivity", lambda: self._sensitivity(tokens))
         folder.write_json("sensitivity.json", measured)
-        choice = Choice.from_dict(folder.stage("plan", lambda: self._choose(base, measured, tokens)))
+        choice = Choice.from_dict(folder.stage("plan", lambda: self._choose(measured, tokens)))
         losses = {
             "plain": folder.stage("evaluate plain", lambda: self._losses(SPDPlan.dense(base, 1), scoring)),
             "zero_shot": folder.stage("evaluate zero-shot", lambda: self._losses(choice.plan, scoring)),
@@ -111,10 +111,11 @@ class _Pipeline:
             "dropped": plan.dropped,
             "low_bit": plan.low_bit,
             **_perplexities(losses, scoring),
-            **stages.traffic(plan, _itemsize(self.reader)),
+            **stages.traffic(plan, stages.activation_bytes(self.reader)),
             "tiers": {i: b.tier for i, b in enumerate(plan.blocks) if b.tier},
             "thresholds": dataclasses.asdict(choice.thresholds),
             "search": choice.search,
+            "optimized": choice.optimized,
             "calibration": grouped["blocks"],
             "units": units,
             "finish": finishing,
@@ -167,6 +168,7 @@ class _Pipeline:
     def _sensitivity(self, tokens: Tensor) -> dict[str, Any]:
         which = self.options.sync_points
         method: Method = "algorithm1" if which == "attention" else "single"
+        formats = self.options.formats
         variants, grouping = self._measured_with()
         result = sweep(
             self._streamer(self.reader),
@@ -177,7 +179,8 @@ class _Pipeline:
             self.path / "sensitivity.unfinished",
             grouping,
             variants,
-            "kl" if self.options.grouped else "perplexity",
+            "kl" if self.options.grouped or formats else "perplexity",
+            formats,
         )
         return result | {"fingerprint": self.reader.fingerprint(), "grouped": self.options.grouped}
 
@@ -189,7 +192,7 @@ class _Pipeline:
             )
         return self._variants
 
-    def _choose(self, base: BaseModel, measured: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+    def _choose(self, measured: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
         options, search = self.options, None
         if options.sets_to_measure:
             variants, grouping = self._measured_with()
@@ -202,7 +205,7 @@ class _Pipeline:
                 self.path / "search.json",
                 grouping,
             )
-        choice = choose_plan(base, options.branches, measured, options, options.model, search)
+        choice = choose_or_optimize(self.reader, options.branches, measured, options, search)
         self._variants = None  # calibrated units of candidates are no longer needed
         return choice.to_dict()
 
@@ -304,6 +307,10 @@ class _Pipeline:
             rows.append(
                 [2 * e["block"], e["block"], "attention (Algorithm 1)", e["perplexity"], e["sensitivity"]]
             )
+        for e in measured.get("low_bit") or ():
+            rows.append(
+                [e["point"], e["block"], f"{e['kind']}, {e['collective']}", *(e[c] for c in columns[3:])]
+            )
         self.tracker.table("sensitivity", columns, rows)
         summary = {f"perplexity/{k}": v for k, v in results["perplexity"].items()}
         self.tracker.summary(summary | {"dropped": len(results["dropped"])})
@@ -344,7 +351,3 @@ def _perplexities(losses: dict[str, list[float]], scoring: Tensor) -> dict[str, 
         "interval": {name: [i.low, i.high] for name, i in intervals.items()},
         "increase": {name: [d.increase, d.low, d.high] for name, d in differences.items()},
     }
-
-
-def _itemsize(reader: CheckpointReader) -> int:
-    return torch.empty((), dtype=reader.dtype(reader.family.final_norm)).element_size()

@@ -8,20 +8,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from megatron_spd.calibration.stream import BlockStreamer, UnitVariants
+from megatron_spd.collective import FULL
 from megatron_spd.errors import UserError
 from megatron_spd.options import SelectionOptions
 from megatron_spd.plan import BaseModel, SPDPlan
 from megatron_spd.progress import progress_bar
 from megatron_spd.runtime.distributed import Runtime
+from megatron_spd.sensitivity.cheapest import CheapestResult, CheapestSearch
 from megatron_spd.sensitivity.measure import SetMeasurer
+from megatron_spd.sensitivity.measured_sets import Collectives, MeasuredCollectives
+from megatron_spd.sensitivity.optimize import PlanOptimizer
 from megatron_spd.sensitivity.search import Search, SearchResult
 from megatron_spd.sensitivity.tiers import (
     Thresholds,
@@ -46,9 +50,14 @@ _RECOVERY: dict[str, dict[str, str]] = {
 }
 
 
+_Asked = TypeVar("_Asked")
+_Figures = TypeVar("_Figures")
+_Found = TypeVar("_Found")
+
+
 @dataclass(frozen=True)
 class SetSearch:
-    """The schedule search over real measurements; ``state``: file in which they are kept. Calls are collectives."""
+    """Searches over real measurements; ``state``: file in which they are kept. Calls are collectives."""
 
     runtime: Runtime
     measurer: SetMeasurer
@@ -66,37 +75,59 @@ class SetSearch:
         """The result of ``task`` on a search that starts from ``scores`` (point -> rise over ``plain``). It runs on the
         main rank; the others measure along with it. Its own text may be another than that of the scores: they are
         taken relative to the plain perplexity. ``confirm``: the perplexity itself has to keep a limit too."""
+        # Confirmed figures are others: they have a file of their own.
+        state = self.state.with_suffix(".limit.json") if confirm and self.state else self.state
+
+        def work(measure: Callable[[tuple[int, ...]], float], bar: Any) -> SearchResult:
+            own = measure(())
+            scaled = {point: score * own / plain for point, score in scores.items()}
+            search = Search(scaled, measure, own, self.budget, state, self.identity, lambda _: bar.update())
+            return task(search)
+
+        return self._led(self.measurer.with_perplexity if confirm else self.measurer, work)
+
+    def cheapest(self, optimizer: PlanOptimizer, max_increase_percent: float) -> CheapestResult:
+        """The cheapest choice of ``optimizer`` of which both figures keep a limit; run as :meth:`run` is."""
+        state = None if self.state is None else self.state.with_suffix(".collectives.json")
+
+        def work(measure: Callable[[Collectives], tuple[float, float]], bar: Any) -> CheapestResult:
+            store = MeasuredCollectives(state, self.identity)
+            own, _ = measure((FULL,) * optimizer.num_points)
+            search = CheapestSearch(optimizer, measure, own, self.budget, store, lambda _: bar.update())
+            return search.within(max_increase_percent)
+
+        return self._led(self.measurer.collectives, work)
+
+    def _led(
+        self,
+        measurer: Callable[[_Asked], _Figures],
+        work: Callable[[Callable[[_Asked], _Figures], Any], _Found],
+    ) -> _Found:
+        """What ``work``, given a measurement for all ranks and a progress bar, finds on the main rank; the others
+        measure along. The same on every rank."""
         runtime = self.runtime
-        measurer = self.measurer.with_perplexity if confirm else self.measurer
         if not runtime.is_main:
-            while (points := runtime.from_main(None)) is not None:
-                measurer(points)
+            while (asked := runtime.from_main(None)) is not None:
+                measurer(asked)
             return runtime.from_main(None)
 
         others_wait = True
 
-        def measure(points: Sequence[int]) -> float:
+        def measure(asked: _Asked) -> _Figures:
             nonlocal others_wait
             others_wait = False
-            value = measurer(runtime.from_main(tuple(points)))
+            figures = measurer(runtime.from_main(asked))
             others_wait = True
-            return value
+            return figures
 
         try:
             with progress_bar(runtime, "search", self.budget, "set") as bar:
-                own = measure(())
-                scaled = {point: score * own / plain for point, score in scores.items()}
-                # Confirmed figures are others: they have a file of their own.
-                state = self.state.with_suffix(".limit.json") if confirm and self.state else self.state
-                search = Search(
-                    scaled, measure, own, self.budget, state, self.identity, lambda _: bar.update()
-                )
-                result = task(search)
+                found = work(measure, bar)
         finally:
             # An error in a measurement has ended the other ranks as well.
             if others_wait:
                 runtime.from_main(None)
-        return runtime.from_main(result)
+        return runtime.from_main(found)
 
 
 def make_search(
@@ -118,22 +149,30 @@ def make_search(
 
 @dataclass(frozen=True)
 class Choice:
-    """A chosen plan, the thresholds of its tiers, and what the search measured on the way (JSON-able; None without)."""
+    """A chosen plan, the thresholds of its tiers, and, JSON-able, what the search measured on the way, or what an
+    optimised plan saves (see ``report/optimized.py``); None without."""
 
     plan: SPDPlan
     thresholds: Thresholds
     search: dict[str, Any] | None = None
+    optimized: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "plan": self.plan.to_dict(),
             "thresholds": dataclasses.asdict(self.thresholds),
             "search": self.search,
+            "optimized": self.optimized,
         }
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Choice:
-        return cls(SPDPlan.from_dict(raw["plan"]), Thresholds(**raw["thresholds"]), raw["search"])
+        return cls(
+            SPDPlan.from_dict(raw["plan"]),
+            Thresholds(**raw["thresholds"]),
+            raw["search"],
+            raw.get("optimized"),
+        )
 
 
 def choose_plan(
@@ -166,10 +205,18 @@ def choose_plan(
         dropped = points_within_budget(scores, plain, percent, options.sync_points != "attention")
     else:
         dropped = choose_points(scores, count, options.sync_points != "attention")
-    plan = SPDPlan.dense(base, branches).with_drops(dropped).with_collectives(*options.collectives or ())
-    for block, tier in block_tiers(scores, dropped, thresholds).items():
-        plan = plan.with_block(block, tier=tier, recovery=_RECOVERY[options.recovery][tier])
+    plan = SPDPlan.dense(base, branches).with_drops(dropped).with_collectives(*options.kept_collectives or ())
+    plan = with_recovery(plan, scores, thresholds, options.recovery)
     return Choice(plan, thresholds, None if found is None else dataclasses.asdict(found))
+
+
+def with_recovery(
+    plan: SPDPlan, scores: Mapping[int, float], thresholds: Thresholds, recovery: str
+) -> SPDPlan:
+    """``plan`` with the tier of every block in which something is dropped, and how ``--recovery`` treats it."""
+    for block, tier in block_tiers(scores, plan.dropped, thresholds).items():
+        plan = plan.with_block(block, tier=tier, recovery=_RECOVERY[recovery][tier])
+    return plan
 
 
 def read_scores(

@@ -323,6 +323,11 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def activation_bytes(reader: CheckpointReader) -> int:
+    """Bytes of an element of the model's activations."""
+    return reader.dtype(reader.family.final_norm).itemsize
+
+
 def traffic(plan: SPDPlan, itemsize: int) -> dict[str, dict[str, int]]:
     """All-reduces and bytes that enter them, for each token and rank, before and after (blocks only; the
     embedding's all-reduce and the output layer's gather stay as they are). ``itemsize``: bytes of an

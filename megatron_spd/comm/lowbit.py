@@ -23,9 +23,9 @@ from megatron_spd.collective import CollectiveFormat
 from megatron_spd.comm import quantize
 from megatron_spd.comm.all_reduce import all_reduce
 
-#: Bytes of a tensor below which a plain all-reduce is used: `megatron-spd collectives` shows where the low-bit one
-#: starts to be faster on a given link.
-PLAIN_BELOW = 16 * 1024
+#: Bytes of a tensor below which a plain all-reduce is used: on a link of 0.25 Gbit/s both take the same time there, on
+#: one of 1 Gbit/s at four times as much (`megatron-spd collectives --link-rates 0.25,1`).
+PLAIN_BELOW = 64 * 1024
 
 #: The function of torch.distributed for the second step; PyTorch 2.13 renamed it and warns of the old name.
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"

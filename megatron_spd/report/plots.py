@@ -20,9 +20,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from megatron_spd.files import write_atomic
-from megatron_spd.report.style import GREY, PLAIN, plain_log_ticks, smooth
+from megatron_spd.report.low_bit_plots import draw_low_bit
+from megatron_spd.report.style import GREY, perplexity_scale, plain_log_ticks, smooth
 from megatron_spd.report.tables import known_bounds, number, ranges
-from megatron_spd.sensitivity.tiers import Thresholds, find_thresholds, tier
+from megatron_spd.sensitivity.tiers import Thresholds, find_thresholds, low_bit_by_format, tier
 
 TIER_COLOURS = {"ISB": "#4477AA", "SB": "#EE9922", "ESB": "#BB2244"}
 TIER_NAMES = {"ISB": "insensitive (ISB)", "SB": "sensitive (SB)", "ESB": "extremely sensitive (ESB)"}
@@ -34,10 +35,11 @@ def plot_sensitivity(
     path: Path,
     dropped: Collection[int] = (),
 ) -> Path:
-    """What dropping each sync point costs, in the model's order and sorted; one row per kind of measurement.
+    """What dropping each sync point, or a low-bit all-reduce there, costs, in the model's order and sorted.
 
-    Rows: Algorithm 1 (attention points, cumulative from the last block) and each point alone (attention filled, MLP
-    hatched), whichever were measured. Colours are tiers. The perplexity axis is linear around zero, logarithmic above.
+    Rows: Algorithm 1 (attention points, cumulative from the last block), each point alone (attention filled, MLP
+    hatched), and each point with a low-bit all-reduce, whichever were measured. Colours of the former two are tiers.
+    The perplexity axis is linear around zero, logarithmic above.
 
     Args:
         sensitivity: what the sensitivity sweep writes.
@@ -56,22 +58,26 @@ def plot_sensitivity(
     series = [(name, scores) for name, scores in named if scores]
     if not series:
         raise ValueError("a sensitivity without 'algorithm1' and 'single' entries; there is nothing to draw")
+    low_bit = low_bit_by_format(sensitivity)
 
     blocks = max(p for _, scores in series for p in scores) // 2 + 1
     width = min(24.0, max(12.0, 0.24 * blocks + 6))
-    figure = Figure(figsize=(width, 4.4 * len(series) + 0.5), layout="constrained", dpi=120)
+    count = len(series) + bool(low_bit)
+    figure = Figure(figsize=(width, 4.4 * count + 0.5), layout="constrained", dpi=120)
     figure.suptitle(
-        f"Rise in perplexity when a sync point is dropped (plain {number(sensitivity.get('plain_perplexity'))}, "
-        f"G = {sensitivity.get('branches', '?')} branches)"
+        f"Rise in perplexity when a sync point is dropped{' or low-bit' if low_bit else ''} "
+        f"(plain {number(sensitivity.get('plain_perplexity'))}, G = {sensitivity.get('branches', '?')} branches)"
     )
-    rows = figure.subplots(len(series), 2, squeeze=False, width_ratios=(width - 5, 4))
-    for (left, right), (name, scores) in zip(rows, series, strict=True):
+    rows = figure.subplots(count, 2, squeeze=False, width_ratios=(width - 5, 4))
+    if low_bit:
+        draw_low_bit(rows[-1][0], rows[-1][1], low_bit, blocks)
+    for (left, right), (name, scores) in zip(rows, series, strict=False):
         limits = tiers or find_thresholds(scores)
         _draw_points(left, scores, limits, dropped, blocks)
         left.set_title(name, fontsize=11)
         _draw_sorted(right, scores, limits)
         for axes in (left, right):
-            _perplexity_scale(axes, list(scores.values()))
+            perplexity_scale(axes, list(scores.values()))
     figure.legend(
         handles=_point_legend(bool(single), bool(dropped)), loc="outside lower center", ncols=6, fontsize=9
     )
@@ -222,16 +228,6 @@ def _draw_sorted(axes: Axes, scores: Mapping[int, float], limits: Thresholds) ->
     axes.set_title("sorted", fontsize=11)
     axes.set(xlabel="points, least sensitive first")
     axes.grid(alpha=0.3)
-
-
-def _perplexity_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Linear up to a power of ten at or below the median magnitude, logarithmic beyond, with room on either side."""
-    sizes = sorted(abs(v) for v in values if v)
-    linear = 10.0 ** math.floor(math.log10(sizes[len(sizes) // 2])) if sizes else 1.0
-    low, high = min(values), max(values)
-    axes.set_yscale("symlog", linthresh=linear, linscale=0.5)
-    axes.yaxis.set_major_formatter(PLAIN)
-    axes.set_ylim(min(2 * low, -0.1 * linear), max(2 * high, linear))
 
 
 # ---- parts of the loss figure ---------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ The *results* dict, all but the first five optional (None or missing where a run
 format}; ``recovery``; ``perplexity`` {plain, zero_shot, grouped, final}; ``interval`` {the same: [low, high]} and
 ``increase`` {all but plain: [percent, low, high]}, paired against plain, both at 95 %; ``all_reduces_per_token`` and
 ``bytes_per_token`` {before, after}; ``stage_seconds`` {stage: s}; ``paths`` {what: path}; ``search`` (see
-``report/search.py``); ``calibration`` [records] (see ``report/calibration.py``); ``units`` [{blocks, recovery,
-loss_before, loss_after, losses}]; ``finish`` (the record of ``distill/finish.py``); ``samples`` {prompt, plain, spd};
-``tiers`` {block: tier}; ``thresholds`` {tau1, tau2}; ``sensitivity`` (the sweep's JSON); ``notes`` [text].
+``report/search.py``); ``optimized`` (see ``report/optimized.py``); ``calibration`` [records] (see
+``report/calibration.py``); ``units`` [{blocks, recovery, loss_before, loss_after, losses}]; ``finish`` (the record of
+``distill/finish.py``); ``samples`` {prompt, plain, spd}; ``tiers`` {block: tier}; ``thresholds`` {tau1, tau2};
+``sensitivity`` (the sweep's JSON); ``notes`` [text].
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron_spd.report import plots, tables
 from megatron_spd.report.calibration import calibration_section, has_choices, plot_guard
 from megatron_spd.report.document import Section, Table, pictures_of, write_document
 from megatron_spd.report.finishing import finishing_section, plot_finish
+from megatron_spd.report.optimized import optimized_section
 from megatron_spd.report.search import has_measurements, plot_search, search_section
 from megatron_spd.sensitivity.tiers import Thresholds
 
@@ -80,6 +82,8 @@ def _sections(results: Mapping[str, Any], pictures: Mapping[str, Path]) -> list[
         sections.append(_tier_section(results))
     if search := results.get("search"):
         sections.append(search_section(search, pictures))
+    if optimized := results.get("optimized"):
+        sections.append(optimized_section(optimized))
     if records := results.get("calibration"):
         sections.append(calibration_section(records, pictures))
     if results.get("units"):
@@ -91,13 +95,13 @@ def _sections(results: Mapping[str, Any], pictures: Mapping[str, Path]) -> list[
     if finish := results.get("finish"):
         sections.append(finishing_section(finish, pictures))
     if results.get("sensitivity"):
-        rows = tables.sensitivity_rows(results["sensitivity"])
+        header, rows = tables.sensitivity_rows(results["sensitivity"])
         drawn = pictures_of(pictures, sensitivity="Rise in perplexity per sync point")
         sections.append(
             Section(
                 "Sensitivity of the sync points",
                 [_BY_DIVERGENCE] if results["sensitivity"].get("measure") == "kl" else [],
-                tables=[Table(tables.SENSITIVITY_HEADER, rows)],
+                tables=[Table(header, rows)],
                 pictures=drawn,
             )
         )

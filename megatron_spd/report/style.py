@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -28,6 +30,16 @@ def plain_log_ticks(axis: Axis) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(PLAIN)
     axis.set_minor_formatter(NullFormatter())
+
+
+def perplexity_scale(axes: Axes, values: Sequence[float]) -> None:
+    """Linear up to a power of ten at or below the median magnitude, logarithmic beyond, with room on either side."""
+    sizes = sorted(abs(v) for v in values if v)
+    linear = 10.0 ** math.floor(math.log10(sizes[len(sizes) // 2])) if sizes else 1.0
+    low, high = min(values), max(values)
+    axes.set_yscale("symlog", linthresh=linear, linscale=0.5)
+    axes.yaxis.set_major_formatter(PLAIN)
+    axes.set_ylim(min(2 * low, -0.1 * linear), max(2 * high, linear))
 
 
 def smooth(losses: Sequence[float]) -> list[float]:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from megatron_spd.sensitivity.tiers import low_bit_by_format
+
 MISSING = "-"
 
 
@@ -237,15 +239,18 @@ def summary_table(results: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-SENSITIVITY_HEADER = ("sync point", "block", "after", "perplexity", "sensitivity", "Algorithm 1")
+_SENSITIVITY_HEADER = ("sync point", "block", "after", "perplexity", "sensitivity", "Algorithm 1")
 
 
-def sensitivity_rows(sensitivity: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """One row per measured sync point in the model's order, with Algorithm 1's sensitivity beside it."""
+def sensitivity_rows(sensitivity: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header, and one row per measured sync point in the model's order: dropped alone, Algorithm 1's sensitivity
+    beside it, and the sensitivity of each low-bit all-reduce."""
     algorithm1 = {2 * e["block"]: e for e in sensitivity.get("algorithm1") or ()}
     single = {e["point"]: e for e in sensitivity.get("single") or ()}
+    low_bit = low_bit_by_format(sensitivity)
+    points = algorithm1.keys() | single.keys() | {p for scores in low_bit.values() for p in scores}
     rows: list[tuple[str, ...]] = []
-    for point in sorted(algorithm1.keys() | single.keys()):
+    for point in sorted(points):
         one, consecutive = single.get(point, {}), algorithm1.get(point, {})
         rows.append(
             (
@@ -255,9 +260,10 @@ def sensitivity_rows(sensitivity: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 number(one.get("perplexity")),
                 _signed(one.get("sensitivity")),
                 _signed(consecutive.get("sensitivity")),
+                *(_signed(scores.get(point), digits=5) for scores in low_bit.values()),
             )
         )
-    return rows
+    return (*_SENSITIVITY_HEADER, *low_bit), rows
 
 
 def sensitivity_table(sensitivity: Mapping[str, Any]) -> str:
@@ -266,8 +272,8 @@ def sensitivity_table(sensitivity: Mapping[str, Any]) -> str:
         f"plain perplexity {number(sensitivity.get('plain_perplexity'))}, "
         f"G = {sensitivity.get('branches', MISSING)}, {sensitivity.get('tokens', MISSING)} tokens"
     )
-    return f"{head}\n\n{text_table(SENSITIVITY_HEADER, sensitivity_rows(sensitivity))}"
+    return f"{head}\n\n{text_table(*sensitivity_rows(sensitivity))}"
 
 
-def _signed(value: float | None) -> str:
-    return MISSING if value is None else f"{value:+.3f}"
+def _signed(value: float | None, digits: int = 3) -> str:
+    return MISSING if value is None else f"{value:+.{digits}f}"

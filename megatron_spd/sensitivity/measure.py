@@ -1,4 +1,4 @@
-"""The damage of whole sets of dropped points, from the hidden states that sets have in common.
+"""The damage of whole sets of dropped and low-bit points, from the hidden states that sets have in common.
 
 Two sets compute the same up to the first block in which they differ. The states in front of every synced block of the
 last few sets are kept, and a new set starts from the deepest state that it shares with one of them.
@@ -6,20 +6,32 @@ last few sets are kept, and a new set starts from the deepest state that it shar
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_spd.calibration.stream import BlockStreamer, UnitVariants, perplexity_of
-from megatron_spd.plan import SPDPlan
+from megatron_spd.calibration.stream import BlockStreamer, BlockVariant, UnitVariants, perplexity_of
+from megatron_spd.plan import BlockSchedule, SPDPlan
+from megatron_spd.sensitivity.low_bit import check_low_bit_measurable, with_low_bit
 
 #: Sets whose states are kept: the one that a search stands at, and neighbours of it.
 _TRACES = 3
 
-#: First block, and dropped points, of each unit of a set.
-_Units = tuple[tuple[int, tuple[int, ...]], ...]
+
+@dataclass(frozen=True)
+class _Unit:
+    """Blocks of a set that are not the stock ones: a unit of the plan, or a single block with nothing but low-bit
+    points."""
+
+    start: int
+    dropped: tuple[int, ...]
+    low_bit: tuple[tuple[int, str], ...]
+
+
+_Units = tuple[_Unit, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +44,11 @@ class _Trace:
     def shared(self, units: _Units) -> int:
         """The last block in front of which this set and ``units`` have the same state."""
         differing = set(self.units) ^ set(units)
-        return min((start for start, _ in differing), default=max(self.states))
+        return min((unit.start for unit in differing), default=max(self.states))
 
 
 class SetMeasurer:
-    """Measures ``tokens`` [n, s] with exactly the given points dropped. Calls are collectives.
+    """Measures ``tokens`` [n, s] with exactly the given points dropped or low-bit. Calls are collectives.
 
     Damage is taken as the divergence from the plain model's predictions, KL(plain || SPD), and given as the perplexity
     that it stands for, plain * exp(KL): what the change of perplexity is in expectation, with a fraction of its noise
@@ -58,8 +70,25 @@ class SetMeasurer:
 
     def with_perplexity(self, points: Sequence[int]) -> float:
         """The greater of the former and the set's own perplexity, for a limit that both must keep."""
-        stream = self.states(points)
-        return max(self._equivalent(stream), self._streamer.perplexity(stream, self._tokens)[0])
+        return max(self._figures(self.states(points)))
+
+    def collectives(self, sync_points: Sequence[str]) -> tuple[float, float]:
+        """plain perplexity * exp(KL), and the perplexity, with ``sync_points`` as in a plan (2L of "none", "full", or
+        a low-bit format).
+
+        Raises UserError for low-bit formats under a number of ranks that rounds otherwise than G ranks.
+        """
+        plan = dataclasses.replace(self._dense, sync_points=list(sync_points))
+        if plan.low_bit:
+            check_low_bit_measurable(self._streamer, plan.branches, self._tokens)
+        return self._figures(self._states_of(plan))
+
+    def states(self, points: Sequence[int]) -> list[Tensor]:
+        """The stream behind the last block with exactly ``points`` dropped."""
+        return self._states_of(self._dense.with_drops(points))
+
+    def _figures(self, stream: list[Tensor]) -> tuple[float, float]:
+        return self._equivalent(stream), self._streamer.perplexity(stream, self._tokens)[0]
 
     def _equivalent(self, stream: list[Tensor]) -> float:
         if self._plain is None:
@@ -69,22 +98,18 @@ class SetMeasurer:
         kl = float(self._streamer.sequence_kl(stream, plain).sum())
         return perplexity_of((nll + kl) / (self._tokens.numel() - len(self._tokens)))
 
-    def states(self, points: Sequence[int]) -> list[Tensor]:
-        """The stream behind the last block with exactly ``points`` dropped."""
-        plan = self._dense.with_drops(points)
-        units: _Units = tuple((u.start, plan.points_in(u)) for u in plan.units())
+    def _states_of(self, plan: SPDPlan) -> list[Tensor]:
+        units = _units(plan)
         trace = max(self._traces, key=lambda t: t.shared(units))
         first = trace.shared(units)
         states = {block: x for block, x in trace.states.items() if block <= first}
-        x = self._run(max(states), dict(units), states)
+        x = self._run(max(states), {unit.start: unit for unit in units}, states)
         # The trace that was built upon is the set that a search stands at: it outlives rejected neighbours.
         self._traces.remove(trace)
         self._traces.extend([_Trace(units, states), trace])
         return x
 
-    def _run(
-        self, block: int, units: dict[int, tuple[int, ...]], states: dict[int, list[Tensor]]
-    ) -> list[Tensor]:
+    def _run(self, block: int, units: dict[int, _Unit], states: dict[int, list[Tensor]]) -> list[Tensor]:
         """From the state in front of ``block`` to the end; adds the states on the way."""
         x = states[block]
         while block < self._dense.num_layers:
@@ -92,13 +117,27 @@ class SetMeasurer:
                 x = self._streamer.advance(block, x)
                 block += 1
             else:
-                x, block = self._unit(block, units[block], x)
+                x, block = self._unit(units[block], x)
             states[block] = x
         return x
 
-    def _unit(self, block: int, points: tuple[int, ...], x: list[Tensor]) -> tuple[list[Tensor], int]:
+    def _unit(self, unit: _Unit, x: list[Tensor]) -> tuple[list[Tensor], int]:
+        block, low_bit = unit.start, dict(unit.low_bit)
+        variants = {block: BlockVariant(BlockSchedule(self._dense.branches))}
         pending: list[Tensor | None] = [None] * len(x)
-        for number, variant in self._variants(points).items():
-            x, pending = self._streamer.advance_pending(number, variant.schedule, x, pending, variant.own)
+        for number, variant in (self._variants(unit.dropped) if unit.dropped else variants).items():
+            schedule = with_low_bit(variant.schedule, number, low_bit)
+            x, pending = self._streamer.advance_pending(number, schedule, x, pending, variant.own)
             block = number + 1
         return x, block
+
+
+def _units(plan: SPDPlan) -> _Units:
+    """What is not stock in ``plan``, by first block."""
+    runs = plan.units()
+    inside = {block for run in runs for block in run}
+    runs += [range(b, b + 1) for b in sorted({p // 2 for p in plan.low_bit} - inside)]
+    return tuple(
+        _Unit(run.start, plan.points_in(run), tuple((p, c) for p, c in plan.low_bit.items() if p // 2 in run))
+        for run in sorted(runs, key=lambda run: run.start)
+    )

@@ -97,7 +97,7 @@ class Search:
             raise UserError(f"a budget of {budget} measurements; expected at least 1")
         self.plain_perplexity, self.budget = plain_perplexity, budget
         self._points = tuple(sorted(scores))
-        self._model = DamageModel(_log_increases(scores, plain_perplexity))
+        self._model = DamageModel(log_increases(scores, plain_perplexity))
         self._measure, self._progress = measure, progress
         self._store = MeasuredSets(state, identity)
         self._known: dict[Points, float] = {(): plain_perplexity}
@@ -261,7 +261,7 @@ class Search:
         return SearchResult(points, self._known[points], tuple(self._history))
 
 
-def _log_increases(scores: Mapping[int, float], plain_perplexity: float) -> dict[int, float]:
+def log_increases(scores: Mapping[int, float], plain_perplexity: float) -> dict[int, float]:
     """Point -> log(perplexity / plain perplexity) when only it is dropped."""
     if not (math.isfinite(plain_perplexity) and plain_perplexity > 0):
         raise UserError(f"a plain perplexity of {plain_perplexity}; expected a number > 0")

@@ -44,16 +44,21 @@ class Thresholds:
 PAPER_THRESHOLDS = Thresholds(tau1=0.05, tau2=10.0)
 
 
-def droppable_points(num_layers: int, which: str) -> list[int]:
-    """The sync points of ``which`` (attention, mlp, any) that a plan may drop, ascending.
-
-    The last MLP point is never among them: what is pending at the end of the model is synced there.
-    """
+def sync_points(num_layers: int, which: str) -> list[int]:
+    """The sync points of ``which`` (attention, mlp, any), ascending. Raises UserError for anything else."""
     first_and_step = {"attention": (0, 2), "mlp": (1, 2), "any": (0, 1)}
     if which not in first_and_step:
         raise UserError(f"sync points {which!r}; expected one of {sorted(first_and_step)}")
     first, step = first_and_step[which]
-    return list(range(first, 2 * num_layers - 1, step))
+    return list(range(first, 2 * num_layers, step))
+
+
+def droppable_points(num_layers: int, which: str) -> list[int]:
+    """Those of :func:`sync_points` that a plan may drop.
+
+    The last MLP point is never among them: what is pending at the end of the model is synced there.
+    """
+    return [p for p in sync_points(num_layers, which) if p < 2 * num_layers - 1]
 
 
 def scores_from(sensitivity: Mapping[str, Any], which: str) -> dict[int, float]:
@@ -78,6 +83,33 @@ def scores_from(sensitivity: Mapping[str, Any], which: str) -> dict[int, float]:
             f"(first: {wanted[0]}); measure again with `megatron-spd sensitivity --sync-points {which}`"
         )
     return {p: measured[p] for p in droppable}
+
+
+def low_bit_by_format(sensitivity: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Rise in perplexity by low-bit format and sync point, whatever was measured, formats in their order."""
+    found: dict[str, dict[int, float]] = {}
+    for entry in sensitivity.get("low_bit") or ():
+        found.setdefault(entry["collective"], {})[entry["point"]] = float(entry["sensitivity"])
+    return found
+
+
+def low_bit_scores(
+    sensitivity: Mapping[str, Any], which: str, collectives: Sequence[str]
+) -> dict[str, dict[int, float]]:
+    """Rise in perplexity by low-bit format and sync point of ``which``, out of the JSON of a sensitivity measurement.
+
+    Raises:
+        UserError: a format was not measured at one of the points.
+    """
+    measured = low_bit_by_format(sensitivity)
+    points = sync_points(sensitivity["num_layers"], which)
+    missing = [name for name in collectives if any(p not in measured.get(name, {}) for p in points)]
+    if missing:
+        raise UserError(
+            f"the sensitivity file has no low-bit scores of {', '.join(missing)} at all points of '{which}'; measure "
+            f"again with `megatron-spd sensitivity --collectives {','.join(collectives)} --sync-points {which}`"
+        )
+    return {name: {p: measured[name][p] for p in points} for name in collectives}
 
 
 def drop_count(droppable: int, ratio: float) -> int:

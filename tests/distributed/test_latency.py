@@ -101,7 +101,7 @@ def runners_of(
         model = load_model(reader, variant.plan, runtime, torch.float32)
         if runners:
             share_weights(model, runners[PLAIN].model.model)
-        cached = CachedModel(model, VOCABULARY, max_batch=2, max_length=110)
+        cached = CachedModel(model, VOCABULARY, max_batch=2, max_length=410)
         runners[variant.name] = Runner(cached, variant.plan, variant.silent)
     return runners
 
@@ -141,7 +141,7 @@ def test_calls_and_bytes_are_the_plans(tmp_path: Path, ranks: int) -> None:
 def low_bit_traffic(folder: Path) -> dict[str, tuple[int, int, float]]:
     runtime = initialize(2)
     runners = runners_of(folder, runtime, ["none", "attention"], ["full", "int4:g32"])
-    found = measure(runners, Workload(1, 100, 2), runtime, rounds=1, recorded_rounds=1)
+    found = measure(runners, Workload(1, 400, 2), runtime, rounds=1, recorded_rounds=1)
     phases = {
         f"{n}, {p}": getattr(m, p).traffic for n, m in found.items() for p in ("first_token", "next_token")
     }
@@ -152,7 +152,7 @@ def test_low_bit_points_make_two_smaller_calls(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "m", **SHAPE)
     answers = run_ranks(2, low_bit_traffic, folder)
     assert answers[0] == answers[1]
-    found, values = answers[0], 100 * 48
+    found, values = answers[0], 400 * 48
     assert found["plain, first_token"] == (6, 6 * 4 * values, 6 * 4 * values)
     # Two chunks go in and one of them is sent; then the sum of one chunk goes in and is sent.
     sent = exchanged_bytes(values, 2, CollectiveFormat.parse("int4:g32"))

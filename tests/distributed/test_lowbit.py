@@ -102,14 +102,14 @@ def counted(numel: int, text: str, **options: int) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("text", ["int8", "int4/int8", "int2"])
 def test_what_is_sent(text: str) -> None:
     fmt = CollectiveFormat.parse(text)
-    chunk = fmt.chunk(10_000, 3)
-    calls = run_ranks(3, counted, 10_000, text)[2]
+    chunk = fmt.chunk(20_000, 3)
+    calls = run_ranks(3, counted, 20_000, text)[2]
     sizes = {"all_to_all_single": fmt.scatter, GATHER: fmt.gather}
     assert calls == [(name, 3 * step.wire_bytes(chunk)) for name, step in sizes.items()]
     # Of each of the two a rank keeps a third.
-    assert exchanged_bytes(10_000, 3, fmt) == sum(size for _, size in calls) * 2 // 3
-    full = 2 * 2 * 4 * 10_000 / 3
-    assert exchanged_bytes(10_000, 3, fmt) / full == pytest.approx(fmt.bytes_per_value / 4, rel=0.05)
+    assert exchanged_bytes(20_000, 3, fmt) == sum(size for _, size in calls) * 2 // 3
+    full = 2 * 2 * 4 * 20_000 / 3
+    assert exchanged_bytes(20_000, 3, fmt) / full == pytest.approx(fmt.bytes_per_value / 4, rel=0.05)
 
 
 def test_a_small_message_goes_through_a_plain_all_reduce() -> None:
@@ -132,11 +132,11 @@ def gradients(text: str | None) -> dict[str, Any]:
     """Gradients at the ends of a segment whose sum is low-bit (None: plain)."""
     group, rank = dist.group.WORLD, dist.get_rank()
     fmt = None if text is None else CollectiveFormat.parse(text)
-    x = torch.linspace(-1, 1, 8192, requires_grad=True)
+    x = torch.linspace(-1, 1, 32768, requires_grad=True)
     inside = enter_segment(x, group)
     pending = inside * (rank + 1.0)
     out = leave_segment(inside, pending, group, fmt)
-    (out * torch.arange(8192.0)).sum().backward()
+    (out * torch.arange(32768.0)).sum().backward()
     return {"out": out.detach(), "x": x.grad}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from pathlib import Path
@@ -14,12 +15,16 @@ from torch import Tensor
 from megatron_spd.calibration.stream import BlockStreamer, plain_variants
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.compensation import calibrated_units, make_calibrator
-from megatron_spd.evaluate.perplexity import plan_nll
+from megatron_spd.evaluate.perplexity import plan_nll, plan_perplexity
 from megatron_spd.grouping.calibrate import Ingredients
 from megatron_spd.grouping.provider import CACHE_BYTES, CalibratedUnits
-from megatron_spd.plan import SPDPlan
+from megatron_spd.plan import BRANCH_FLAGS, SPDPlan
+from megatron_spd.planning import make_search
 from megatron_spd.runtime.distributed import initialize
+from megatron_spd.sensitivity.cheapest import CheapestResult
 from megatron_spd.sensitivity.measure import SetMeasurer
+from megatron_spd.sensitivity.neighbours import Prices
+from megatron_spd.sensitivity.optimize import PlanOptimizer
 from megatron_spd.stages import make_streamer
 from tests.models import make_llama
 from tests.ranks import run_ranks
@@ -117,6 +122,89 @@ def final_logits(folder: Path) -> list[Tensor]:
         scale = (x.square().mean(-1, keepdim=True) + reader.config["rms_norm_eps"]).rsqrt()
         found.append((x * scale * norm) @ table.T)
     return found
+
+
+# ---- low-bit points beside dropped ones ----------------------------------------------------------------------------
+
+
+def choices() -> list[tuple[str, ...]]:
+    """Sets of drops with low-bit points in, between and behind their units; some come back or differ late."""
+    rng = random.Random(5)
+    found = []
+    for points in CALLS:
+        kept = [rng.choice(("full", "int8", "int3:g16")) for _ in range(2 * LAYERS)]
+        found.append(tuple("none" if p in points else c for p, c in enumerate(kept)))
+    low_bit = ("int8",) * (2 * LAYERS)
+    return [*found, low_bit, (*low_bit[:-1], "int2:g8"), found[0]]
+
+
+def measured_choices(folder: Path, grouped: bool) -> list[tuple[tuple[float, float], float]]:
+    """For each of choices() the measurer's two figures, and the perplexity of a whole pass of the same plan."""
+    streamer, dense = opened(folder, 1)
+    variants = plain_variants(BRANCHES, LAYERS)
+    if grouped:
+        variants = calibrated_units(streamer, BRANCHES, tokens(2), SAME_ON_ANY_RANKS)
+    measurer = SetMeasurer(streamer, variants, dense, tokens())
+    figures = [measurer.collectives(choice) for choice in choices()]
+    found = []
+    for choice, pair in zip(choices(), figures, strict=True):
+        plan = dataclasses.replace(dense, sync_points=list(choice))
+        own = streamer
+        if grouped:
+            # The plan and the weights that an export of it has.
+            calibrated: dict[int, Any] = {}
+            for unit in plan.units():
+                calibrated |= variants(plan.points_in(unit))
+            for block, variant in calibrated.items():
+                flags = {name: getattr(variant.schedule, name) for name in BRANCH_FLAGS}
+                plan = plan.with_block(block, **flags)
+            own = with_blocks(streamer, {b: v.own for b, v in calibrated.items()})
+        found.append((pair, plan_perplexity(own, plan, tokens())[0]))
+    return found
+
+
+def with_blocks(streamer: BlockStreamer, blocks: dict[int, Any]) -> BlockStreamer:
+    """A fresh streamer (one rank) whose ``blocks`` have other weights."""
+    reader = streamer.reader
+    return BlockStreamer(
+        reader,
+        streamer.runtime,
+        streamer.dtype,
+        lambda block: blocks[block] if block in blocks else reader.block(block),
+        streamer.micro_batch,
+    )
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_low_bit_points_are_measured_with_the_drops(model: Path, grouped: bool) -> None:
+    for choice, ((_, found), wanted) in zip(
+        choices(), run_ranks(1, measured_choices, model, grouped)[0], strict=True
+    ):
+        assert found == pytest.approx(wanted, rel=1e-6), choice
+
+
+def found_cheapest(folder: Path, ranks: int) -> CheapestResult:
+    """The cheapest choice of a made-up optimiser, measured on text that several ranks can measure low-bit on."""
+    streamer, _ = opened(folder, ranks)
+    text = torch.randint(3, 300, (2, 512), generator=torch.Generator().manual_seed(4))
+    drops = {p: 0.02 * (p + 1) for p in range(2 * LAYERS - 1)}
+    formats = {"int8": dict.fromkeys(range(2 * LAYERS), 1e-4)}
+    costs = {"none": 0.0, "full": 4.0, "int8": 1.0}
+    optimizer = PlanOptimizer(2 * LAYERS, drops, formats, costs, Prices(0.0, 0.0))
+    variants = plain_variants(BRANCHES, LAYERS)
+    search = make_search(streamer, BRANCHES, variants, text, 5, None, "")
+    return search.cheapest(optimizer, 1.0)
+
+
+def test_ranks_find_the_same_choice(model: Path) -> None:
+    one = run_ranks(1, found_cheapest, model, 1)[0]
+    first, second = run_ranks(2, found_cheapest, model, 2)
+    assert first == second
+    assert [c.collectives for c in first.history] == [c.collectives for c in one.history]
+    assert first.best.collectives == one.best.collectives
+    assert first.best.confirmed == pytest.approx(one.best.confirmed, rel=1e-4)
+    assert 1 < len(one.history) <= 5
+    assert one.best.collectives != ("full",) * (2 * LAYERS)
 
 
 # ---- calibrated units -----------------------------------------------------------------------------------------------

@@ -132,6 +132,15 @@ CASES: list[tuple[str, Mistake, str]] = [
     ("plan", edited_sensitivity(branches=1), "measured with G = 1, not G = 2"),
     ("plan", lambda w, o: [*edited_sensitivity(single=None)(w, o), "--sync-points", "mlp"], "has no scores"),
     ("plan", option("--drop-count", 9), "9"),
+    (
+        "plan",
+        option("--collectives", "int8", "--max-perplexity-increase", 2),
+        "no low-bit scores of int8 at all points of 'any'; measure again with `megatron-spd sensitivity --coll",
+    ),
+    *[
+        (c, option("--collectives", "int8,int1"), "collective 'int1': expected")
+        for c in ("sensitivity", "run")
+    ],
     # Outputs.
     *[(c, occupied(), "out") for c in ("prepare", "export", "run")],
     *[(c, occupied("out.json"), "is a folder") for c in ("sensitivity", "plan", "group")],

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -296,7 +296,11 @@ class Interrupted(Exception):
 
 
 def swept(
-    folder: Path, unfinished: Path | None, stop_at: int | None = None, seed: int = 1
+    folder: Path,
+    unfinished: Path | None,
+    stop_at: int | None = None,
+    seed: int = 1,
+    collectives: Sequence[str] = (),
 ) -> tuple[Any, list[int]]:
     """A sweep that saves after every block: its result (None if interrupted in front of block ``stop_at``), and the
     blocks whose weights were read."""
@@ -313,7 +317,10 @@ def swept(
     streamer = BlockStreamer(reader, initialize(), torch.float32, weights, micro_batch=2)
     tokens = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(seed))
     try:
-        return sweep_module.sweep(streamer, tokens, BRANCHES, unfinished=unfinished), read
+        result = sweep_module.sweep(
+            streamer, tokens, BRANCHES, unfinished=unfinished, collectives=collectives
+        )
+        return result, read
     except Interrupted:
         return None, read
 
@@ -343,3 +350,30 @@ def test_an_interrupted_sweep_of_another_text_is_not_continued(work: Path, tmp_p
     result, read = run_ranks(1, swept, work / "model", saved, None, 2)[0]
     assert read == [0, 1, 2, 3]
     assert json.dumps(result) == json.dumps(run_ranks(1, swept, work / "model", None, None, 2)[0][0])
+
+
+def test_an_interrupted_sweep_of_low_bit_points_goes_on(work: Path, tmp_path: Path) -> None:
+    saved, formats = tmp_path / "unfinished", ("int8", "int3")
+    assert run_ranks(1, swept, work / "model", saved, 3, 1, formats)[0] == (None, [0, 1, 2])
+    result, read = run_ranks(1, swept, work / "model", saved, None, 1, formats)[0]
+    assert read == [3]
+    assert result == run_ranks(1, swept, work / "model", None, None, 1, formats)[0][0]
+    assert len(result["low_bit"]) == 2 * 2 * LAYERS
+
+
+@pytest.mark.parametrize("others", [(), ("int8",), ("int3", "int8")])
+def test_an_interrupted_sweep_of_other_formats_is_not_continued(
+    work: Path, tmp_path: Path, others: tuple[str, ...]
+) -> None:
+    saved, formats = tmp_path / "unfinished", ("int8", "int3")
+    run_ranks(1, swept, work / "model", saved, 2, 1, others)
+    assert run_ranks(1, swept, work / "model", saved, None, 1, formats)[0][1] == [0, 1, 2, 3]
+
+
+def test_an_unfinished_sweep_of_an_older_version_is_not_continued(work: Path, tmp_path: Path) -> None:
+    """Its file has no low-bit streams, and an identity that says nothing of formats."""
+    saved = tmp_path / "unfinished"
+    run_ranks(1, swept, work / "model", saved, 2)
+    identity, *streams = torch.load(saved, weights_only=True)
+    torch.save((identity[::-1], *streams[:-1]), saved)
+    assert run_ranks(1, swept, work / "model", saved)[0][1] == [0, 1, 2, 3]

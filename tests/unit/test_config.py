@@ -15,6 +15,7 @@ from megatron_spd.config import (
     EvaluateOptions,
     PlanOptions,
     RunOptions,
+    SensitivityOptions,
 )
 from megatron_spd.errors import UserError
 from megatron_spd.options import CommonOptions
@@ -26,6 +27,7 @@ REQUIRED: dict[type[CommonOptions], list[str]] = {
     PlanOptions: ["--model", "m", "--out", "o", "--branches", "3", "--sensitivity", "s.json"],
     DistillOptions: ["--model", "m", "--plan", "p", "--out", "o"],
     EvaluateOptions: ["--model", "m"],
+    SensitivityOptions: ["--model", "m", "--out", "o", "--branches", "3"],
     CurveOptions: ["--model", "m", "--out", "o", "--branches", "3"],
 }
 
@@ -168,3 +170,60 @@ def test_ratios_and_variants_of_a_curve() -> None:
 )
 def test_mistakes_in_a_curve(argv: list[str], words: str) -> None:
     assert words in message_of(CurveOptions, *argv)
+
+
+LIMITED = "--max-perplexity-increase 2% "
+
+
+@pytest.mark.parametrize("kind", [PlanOptions, RunOptions])
+def test_several_collectives(kind: type[PlanOptions | RunOptions]) -> None:
+    options = parse(kind, *f"{LIMITED} --collectives int8:g128,full,int4,int8".split())
+    assert options.formats == ["int8", "int4"]
+    assert (options.optimize, options.kept_collectives) == (None, None)
+    options = parse(
+        kind, *f"{LIMITED} --collectives int8 --optimize latency --link-rate 1 --call-latency 0.2".split()
+    )
+    assert (options.optimize, options.link_rate, options.call_latency) == ("latency", 1.0, 0.2)
+    assert parse(kind).formats == []
+    paper = ["--recovery", "paper", "--sync-points", "attention"]
+    assert parse(kind, *paper).sets_to_measure == 0
+    assert parse(kind, *paper, *f"{LIMITED} --collectives int8".split()).sets_to_measure == 24
+
+
+def test_collectives_to_measure() -> None:
+    assert parse(SensitivityOptions, "--collectives", "int4/int8, int8").formats == ["int4/int8", "int8"]
+    assert parse(SensitivityOptions).formats == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--collectives int8", "--collectives needs the accuracy to keep: give --max-perplexity-increase"),
+        (LIMITED + "--collectives int9", "--collectives: collective 'int9': expected a low-bit format"),
+        (LIMITED + "--collectives full", "--collectives is 'full'; expected at least one low-bit format"),
+        (LIMITED + "--optimize bytes", "--optimize is for plans with several collectives"),
+        (LIMITED + "--link-rate 1", "--link-rate is for plans with several collectives"),
+        (
+            LIMITED + "--collectives int8 --collective int8",
+            "--collective and --collectives exclude each other",
+        ),
+        (LIMITED + "--collectives int8 --mlp-collective int8", "exclude each other"),
+        (LIMITED + "--collectives int8 --optimize latency", "--optimize latency needs --link-rate"),
+        (LIMITED + "--collectives int8 --optimize latency --link-rate 0", "needs --link-rate above 0"),
+        (LIMITED + "--collectives int8 --optimize latency --link-rate nan", "needs --link-rate above 0"),
+        (LIMITED + "--collectives int8 --link-rate 1", "--link-rate is for --optimize latency"),
+        (
+            LIMITED + "--collectives int8 --optimize bytes --ranks-served 3",
+            "--ranks-served is for --optimize la",
+        ),
+        (LIMITED + "--collectives int8 --ranks-served 1", "--ranks-served is 1; it must be >= 2"),
+        (LIMITED + "--collectives int8 --call-latency -1", "--call-latency is -1.0; it must be between"),
+        (LIMITED + "--collectives int8 --optimize speed", "invalid choice: 'speed'"),
+    ],
+)
+def test_mistakes_in_what_a_plan_may_choose(argv: str, words: str) -> None:
+    assert words in message_of(PlanOptions, *argv.split())
+
+
+def test_a_wrong_format_to_measure() -> None:
+    assert "--collectives: collective 'int1'" in message_of(SensitivityOptions, "--collectives", "int8,int1")

@@ -32,6 +32,22 @@ def sensitivity():
     }
 
 
+def low_bit():
+    """Low-bit scores of all points of :func:`sensitivity` for two formats."""
+    return [
+        {
+            "point": p,
+            "block": p // 2,
+            "kind": "mlp" if p % 2 else "attention",
+            "collective": name,
+            "perplexity": 20.0 + unit * p,
+            "sensitivity": unit * p,
+        }
+        for p in range(2 * BLOCKS)
+        for name, unit in (("int8", 1e-4), ("int4:g64", 0.1))
+    ]
+
+
 def results():
     """A run that measured everything."""
     return older_results() | {

@@ -6,9 +6,10 @@ import matplotlib.image
 import pytest
 
 from megatron_spd.report import plots
+from megatron_spd.report.style import PALETTE
 from megatron_spd.sensitivity.tiers import Thresholds
 from tests.unit.report.pixels import pixels_of
-from tests.unit.report.results import results, sensitivity
+from tests.unit.report.results import low_bit, results, sensitivity
 
 
 @pytest.mark.parametrize("missing", [None, "algorithm1", "single"])
@@ -17,6 +18,16 @@ def test_sensitivity_is_drawn_in_the_colours_of_its_tiers(tmp_path, missing):
     path = plots.plot_sensitivity(measured, Thresholds(0.05, 10.0), tmp_path / "s.png", [2, 5])
     assert [p.name for p in tmp_path.iterdir()] == ["s.png"]
     assert all(pixels_of(path, colour) > 200 for colour in plots.TIER_COLOURS.values())
+
+
+def test_low_bit_points_have_a_row_of_their_own(tmp_path):
+    without = plots.plot_sensitivity(sensitivity(), None, tmp_path / "a.png")
+    measured = sensitivity() | {"low_bit": low_bit()}
+    path = plots.plot_sensitivity(measured, None, tmp_path / "b.png")
+    assert matplotlib.image.imread(path).shape[0] > 1.3 * matplotlib.image.imread(without).shape[0]
+    for colour in PALETTE[1:3]:
+        assert pixels_of(path, colour) > 100
+        assert pixels_of(without, colour) == 0
 
 
 def test_thresholds_move_the_colours(tmp_path):

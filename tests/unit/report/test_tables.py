@@ -7,7 +7,7 @@ import math
 import pytest
 
 from megatron_spd.report import tables
-from tests.unit.report.results import older_results, results, sensitivity
+from tests.unit.report.results import low_bit, older_results, results, sensitivity
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,18 @@ def test_sensitivity_table():
 
 
 def test_sensitivity_table_of_algorithm1_alone():
-    rows = tables.sensitivity_rows(sensitivity() | {"single": None})
+    header, rows = tables.sensitivity_rows(sensitivity() | {"single": None})
+    assert header[-1] == "Algorithm 1"
     assert [row[0] for row in rows] == ["0", "2", "4", "6", "8", "10"]
     assert rows[0][3:] == ("-", "-", "+60.000")
+
+
+def test_sensitivity_table_with_low_bit_points():
+    header, rows = tables.sensitivity_rows(sensitivity() | {"low_bit": low_bit()})
+    assert header[-3:] == ("Algorithm 1", "int8", "int4:g64")
+    # The last MLP point cannot be dropped, but be low-bit.
+    assert rows[-1] == ("11", "5", "MLP", "-", "-", "-", "+0.00110", "+1.10000")
+    assert rows[0][-3:] == ("+60.000", "+0.00000", "+0.00000")
 
 
 def test_unit_rows():

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from megatron_spd.errors import UserError
-from megatron_spd.sensitivity.measured_sets import MeasuredSets
+from megatron_spd.sensitivity.measured_sets import MeasuredCollectives, MeasuredSets
 
 
 def test_sets_are_read_back(tmp_path):
@@ -47,3 +47,23 @@ def test_a_broken_file_is_named(tmp_path, text):
     with pytest.raises(UserError, match=r"sets\.json .*remove it") as caught:
         MeasuredSets(path, "a")
     assert "\n" not in str(caught.value)
+
+
+def test_collectives_are_read_back(tmp_path):
+    path = tmp_path / "sets.json"
+    sets = MeasuredCollectives(path, "model a")
+    sets.add(("none", "int8"), (12.3456789012345, 12.0))
+    sets.add(("full", "full"), (11.0, math.inf))
+    again = MeasuredCollectives(path, "model a")
+    assert again.get(("none", "int8")) == (12.3456789012345, 12.0)
+    assert again.get(("full", "full")) == (11.0, math.inf)
+    assert again.get(("none", "int4")) is None
+    with pytest.raises(UserError, match=r"sets\.json holds .* another search .*remove it"):
+        MeasuredCollectives(path, "model b")
+
+
+def test_the_sets_of_one_kind_of_search_are_no_sets_of_another(tmp_path):
+    path = tmp_path / "sets.json"
+    MeasuredSets(path, "a").add((1,), 2.0)
+    with pytest.raises(UserError, match=r"sets\.json .*cannot be read .*remove it"):
+        MeasuredCollectives(path, "a")

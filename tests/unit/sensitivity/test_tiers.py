@@ -20,9 +20,11 @@ from megatron_spd.sensitivity.tiers import (
     drop_count,
     droppable_points,
     find_thresholds,
+    low_bit_scores,
     points_up_to,
     points_within_budget,
     scores_from,
+    sync_points,
     tier,
 )
 
@@ -38,6 +40,12 @@ def test_droppable_points():
     assert droppable_points(3, "any") == [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match=r"'both'.*any.*attention.*mlp"):
         droppable_points(3, "both")
+
+
+def test_every_point_may_be_low_bit():
+    assert sync_points(3, "attention") == [0, 2, 4]
+    assert sync_points(3, "mlp") == [1, 3, 5]
+    assert sync_points(3, "any") == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -236,3 +244,34 @@ def test_budget_is_kept_and_used_up(scores, percent):
 def test_budget_errors(plain, percent):
     with pytest.raises(UserError, match="expected a number"):
         points_within_budget({0: 1.0}, plain, percent)
+
+
+# ---- low-bit scores ------------------------------------------------------------------------------------------------
+
+
+def low_bit_measurement(points, names=("int8", "int4")):
+    entries = [{"point": p, "collective": n, "sensitivity": p + len(n) / 10} for p in points for n in names]
+    return {"num_layers": 2, "low_bit": entries}
+
+
+def test_low_bit_scores_by_format_and_point():
+    measured = low_bit_measurement(range(4))
+    assert low_bit_scores(measured, "mlp", ["int4"]) == {"int4": {1: 1.4, 3: 3.4}}
+    assert low_bit_scores(measured, "any", ["int8", "int4"])["int8"] == {0: 0.4, 1: 1.4, 2: 2.4, 3: 3.4}
+    assert low_bit_scores({"num_layers": 2}, "any", []) == {}
+
+
+@pytest.mark.parametrize(
+    ("measured", "which", "names", "missing"),
+    [
+        ({"num_layers": 2}, "any", ["int8"], "int8"),
+        ({"num_layers": 2, "low_bit": None}, "any", ["int8", "int4"], "int8, int4"),
+        (low_bit_measurement(range(4)), "any", ["int8", "int6"], "int6"),
+        (low_bit_measurement([0, 2]), "any", ["int8"], "int8"),
+    ],
+)
+def test_formats_that_were_not_measured(measured, which, names, missing):
+    with pytest.raises(
+        UserError, match=f"no low-bit scores of {missing} at .*--collectives {','.join(names)} "
+    ):
+        low_bit_scores(measured, which, names)
