@@ -101,6 +101,19 @@ def test_bench_on_links_of_two_speeds(tmp_path: Path) -> None:
     assert {"bench.json", "bench.md", "bench.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
 
 
+def test_collectives_on_a_link(tmp_path: Path) -> None:
+    result = answer(
+        *("collectives", "--ranks", RANKS, "--link-rates", "0.05", "--messages", "128k"),
+        *("--formats", "int8", "--repeats", 3, "--out", tmp_path / "out.json"),
+    )
+    full, eight = result["rows"]
+    assert full["least_seconds"] == pytest.approx(8 * 131_072 / 0.05e9)
+    assert eight["least_seconds"] == pytest.approx(full["least_seconds"] * 138 / 128 / 4)
+    # The shaper lets no more through than it is told, but for its bucket.
+    assert full["seconds"] > 0.7 * full["least_seconds"]
+    assert eight["seconds"] > 0.5 * eight["least_seconds"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_stays_after_a_killed_run(tmp_path: Path, number: signal.Signals) -> None:
     folder = make_llama(tmp_path / "m")
