@@ -30,13 +30,10 @@ _WARM_UP = 2
 
 
 def run_messages(options: CollectivesOptions) -> tuple[dict[str, Any], bool]:
-    """Time what ``options`` ask for between the launched ranks: the result, and whether this rank is the main one.
+    """Time what ``options`` ask for between the launched ranks: the result (:func:`measure_messages`), and whether this
+    rank is the main one.
 
-    The result has ``ranks``, ``backend``, ``dtype``, ``repeats`` and ``rows``: for each link rate (``gigabits``), size
-    (``bytes``) and ``collective`` the median of ``seconds``, the ``ratio`` of the full all-reduce to it (median,
-    ``ratio_low``, ``ratio_high``), the bytes that a rank sends (``sent``), what these need at the link's rate
-    (``least_seconds``), and the ``error`` relative to the largest sum. Raises UserError where links cannot be shaped,
-    and for one rank.
+    Raises UserError where links cannot be shaped, and for one rank.
     """
     if options.ranks == 1:
         raise UserError("collectives need ranks to run between: give --ranks 2 or more")
@@ -45,6 +42,17 @@ def run_messages(options: CollectivesOptions) -> tuple[dict[str, Any], bool]:
         enter_network(int(os.environ["RANK"]), options.ranks)
     runtime = initialize()
     keep_freed_memory()
+    result = measure_messages(options, runtime)
+    shutdown()
+    return result, runtime.is_main
+
+
+def measure_messages(options: CollectivesOptions, runtime: Runtime) -> dict[str, Any]:
+    """``ranks``, ``backend``, ``dtype``, ``repeats`` and ``rows``: for each link rate (``gigabits``), size (``bytes``)
+    and ``collective`` the median of ``seconds``, the ``ratio`` of the full all-reduce to it (median, ``ratio_low``,
+    ``ratio_high``), the bytes that a rank sends (``sent``), what these need at the link's rate (``least_seconds``), and
+    the ``error`` relative to the largest sum. Called on all ranks; with rates, those must be in their networks.
+    """
     rates: list[float | None] = [*options.rate_values] or [None]
     dtype, formats = DTYPES[options.dtype], options.format_names
     rows: list[dict[str, Any]] = []
@@ -59,9 +67,7 @@ def run_messages(options: CollectivesOptions) -> tuple[dict[str, Any], bool]:
                 rows += [{"gigabits": rate, **row} for row in timed]
                 bar.update()
     facts = {"ranks": runtime.tp_size, "backend": str(dist.get_backend(runtime.tp_group))}
-    result = facts | {"dtype": options.dtype, "repeats": options.repeats, "rows": rows}
-    shutdown()
-    return result, runtime.is_main
+    return facts | {"dtype": options.dtype, "repeats": options.repeats, "rows": rows}
 
 
 def _rows(

@@ -166,7 +166,7 @@ def _sections(benchmark: Benchmark, pictures: Mapping[str, Path]) -> list[Sectio
 
 
 def messages_text(result: Mapping[str, Any]) -> str:
-    """What ``megatron-spd collectives`` prints; ``result``: from :func:`megatron_spd.latency.messages.run_messages`."""
+    """What ``megatron-spd collectives`` prints; ``result``: of ``latency.messages.measure_messages``."""
     cells = [
         (
             MISSING if row["gigabits"] is None else f"{row['gigabits']:g} Gbit/s",
