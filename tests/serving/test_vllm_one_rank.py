@@ -69,12 +69,6 @@ def test_benchmark(answer: dict[str, Any], models: list[Path]) -> None:
         for name in FIGURES:
             for spread in spd[name].values():
                 assert 0 < spread["low"] <= spread["median"] <= spread["high"]
-        tokens = load["requests"] * load["new_tokens"]
-        for one in plain, spd:
-            # Nothing is generated faster than by the latencies that vLLM itself counts.
-            seconds = tokens / one["tokens_per_second"]["values"]["median"]
-            least = one["first_token"]["values"]["low"] + 3 * one["between_tokens"]["values"]["low"]
-            assert seconds > 0.9 * least
 
 
 @NEEDS_VLLM
