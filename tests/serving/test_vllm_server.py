@@ -59,7 +59,7 @@ def options() -> dict[str, object]:
 def client(address: str):  # type: ignore[no-untyped-def]
     from openai import OpenAI
 
-    return OpenAI(base_url=f"{address}/v1", api_key="none", timeout=60, max_retries=0)
+    return OpenAI(base_url=f"{address}/v1", api_key="none", timeout=300, max_retries=0)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -99,7 +99,9 @@ def test_two_requests_at_once(address: str, expected: dict[str, list[int]]) -> N
     from openai import AsyncOpenAI
 
     async def both() -> list[list[int]]:
-        async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=60, max_retries=0) as asking:
+        async with AsyncOpenAI(
+            base_url=f"{address}/v1", api_key="none", timeout=300, max_retries=0
+        ) as asking:
             asked = (asking.completions.create(prompt=p, **options()) for p in PROMPTS)
             return [answer.choices[0].token_ids for answer in await asyncio.gather(*asked)]
 
