@@ -20,7 +20,7 @@ os.environ |= {
 }
 
 #: Seconds for one test by its folder under tests/; the default is in pyproject.toml. A test's own mark wins.
-TIMEOUTS = {"distributed": 240, "e2e": 600, "serving": 480}
+TIMEOUTS = {"distributed": 240, "e2e": 600, "serving": 800}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

