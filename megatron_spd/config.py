@@ -17,13 +17,13 @@ from megatron_spd.options import (
     DataOptions,
     DType,
     GroupingOptions,
+    LinkOptions,
     ModelOptions,
     OptimizeOptions,
     RankOptions,
     SyncPoints,
     TrainingOptions,
     flag,
-    link_rates,
     low_bit_formats,
     message_sizes,
     numbers,
@@ -266,7 +266,7 @@ class CurveOptions(ModelOptions, RankOptions, GroupingOptions, TrainingOptions):
 
 
 @dataclass(kw_only=True)
-class BenchOptions(ModelOptions, RankOptions):
+class BenchOptions(ModelOptions, LinkOptions):
     """Time to first token and between tokens: plain tensor parallelism, SPD, low-bit, and no communication at all."""
 
     out: str = option("folder for bench.json, bench.md, bench.png and breakdown.png")
@@ -284,11 +284,6 @@ class BenchOptions(ModelOptions, RankOptions):
     prompt_lengths: str = option("tokens of a prompt, with commas between", "128")
     new_tokens: int = option("tokens to generate after each prompt", 16)
     rounds: int = option("times that everything is timed", 10)
-    link_rates: str | None = option(
-        "Gbit/s with commas between: put each rank behind a link of that speed, in a network namespace of its own "
-        "(root only)",
-        None,
-    )
     dtype: DType = option("type of weights and activations", "fp32")
     seed: int = option("seed of the prompts", 1234)
 
@@ -307,14 +302,9 @@ class BenchOptions(ModelOptions, RankOptions):
     def prompt_values(self) -> list[int]:
         return numbers("prompt_lengths", self.prompt_lengths, int)
 
-    @property
-    def rate_values(self) -> list[float]:
-        """In Gbit/s; none where the links are left as they are."""
-        return link_rates(self.link_rates)
-
 
 @dataclass(kw_only=True)
-class CollectivesOptions(RankOptions):
+class CollectivesOptions(LinkOptions):
     """All-reduces between ranks: in full against low-bit formats, for several sizes of a message."""
 
     formats: str = option("low-bit formats, with commas between", "int8,int4,int4:g64,int4/int8")
@@ -322,9 +312,6 @@ class CollectivesOptions(RankOptions):
         "bytes of a message, with commas between; k and M: times 1024", "16k,64k,256k,1M,4M"
     )
     repeats: int = option("times that everything is timed", 15)
-    link_rates: str | None = option(
-        "Gbit/s with commas between: put each rank behind a link of that speed (root only)", None
-    )
     dtype: DType = option("type of the values", "fp32")
     out: str | None = option("JSON file to write", None)
 
@@ -343,11 +330,6 @@ class CollectivesOptions(RankOptions):
     def message_sizes(self) -> list[int]:
         """In bytes."""
         return message_sizes("messages", self.messages)
-
-    @property
-    def rate_values(self) -> list[float]:
-        """In Gbit/s; none where the links are left as they are."""
-        return link_rates(self.link_rates)
 
 
 COMMANDS: dict[str, type[CommonOptions]] = {

@@ -101,6 +101,22 @@ class RankOptions(CommonOptions):
 
 
 @dataclass(kw_only=True)
+class LinkOptions(RankOptions):
+    """Ranks behind links of a set speed (see ``latency/link.py``)."""
+
+    link_rates: str | None = option(
+        "Gbit/s with commas between: put each rank behind a link of that speed, in a network namespace of its own "
+        "(root only)",
+        None,
+    )
+
+    @property
+    def rate_values(self) -> list[float]:
+        """In Gbit/s; none where the links are left as they are."""
+        return [] if self.link_rates is None else numbers("link_rates", self.link_rates, float)
+
+
+@dataclass(kw_only=True)
 class CollectiveOptions(CommonOptions):
     """What runs at the sync points that are kept: "full" or a low-bit format (see ``collective.py``)."""
 
@@ -364,11 +380,6 @@ def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
         what = "whole numbers" if kind is int else "numbers"
         raise UserError(f"{flag(name)} is {text!r}; expected {what} above 0 with commas between")
     return list(dict.fromkeys(values))
-
-
-def link_rates(text: str | None) -> list[float]:
-    """The Gbit/s between commas of ``--link-rates``; none where the links are left as they are. Raises UserError."""
-    return [] if text is None else numbers("link_rates", text, float)
 
 
 def message_sizes(name: str, text: str) -> list[int]:

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from megatron_spd.collective import Quantisation
-from megatron_spd.comm.quantize import LEAST_STEP
+from megatron_spd.comm.quantize import LEAST_STEP, empty_messages
 
 _INFINITE = np.int32(0x7F800000)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -34,7 +34,8 @@ _STEP, _HALF = np.float32(LEAST_STEP), np.float32(0.5)
 
 def quantise(values: Tensor, fmt: Quantisation) -> Tensor:
     """As :func:`megatron_spd.comm.quantize.quantise`, for CPU tensors."""
-    wire = torch.empty(len(values), fmt.wire_bytes(values.shape[1]), dtype=torch.uint8)
+    rows, n = values.shape
+    wire = empty_messages(rows, n, fmt, values.device)
     _quantise_rows(values.float().contiguous().numpy(), *_views(wire), fmt.group, fmt.bits)
     return wire
 
@@ -48,7 +49,7 @@ def dequantise(wire: Tensor, n: int, fmt: Quantisation) -> Tensor:
 
 def requantised_sum(wire: Tensor, n: int, scatter: Quantisation, gather: Quantisation) -> Tensor:
     """As :func:`megatron_spd.comm.quantize.requantised_sum`, for CPU tensors."""
-    message = torch.empty(1, gather.wire_bytes(n), dtype=torch.uint8)
+    message = empty_messages(1, n, gather, wire.device)
     _requantise(*_views(wire), *_views(message), n, scatter.group, scatter.bits, gather.group, gather.bits)
     return message
 
@@ -140,7 +141,6 @@ def _quantise_rows(
         for g in range(groups):
             _encode(x, raw, g * group, keys, single, row_pairs, row_bytes, g, groups, bits)
             _pack(codes, single, row_bytes, row_words, g, groups, bits)
-        wire[row, groups * (group * bits // 8 + 10) :] = 0
 
 
 @_compiled
@@ -192,7 +192,6 @@ def _requantise(
             g = (start + part) // group_out
             _encode(total, raw, part, keys, single_out, own_pairs, own_bytes, g, groups_out, bits_out)
             _pack(codes_out, single_out, own_bytes, own_words, g, groups_out, bits_out)
-    message[0, groups_out * (group_out * bits_out // 8 + 10) :] = 0
 
 
 # ---- one group ------------------------------------------------------------------------------------------------------

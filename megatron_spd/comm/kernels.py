@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_spd.collective import Quantisation
-from megatron_spd.comm.quantize import LEAST_STEP
+from megatron_spd.comm.quantize import LEAST_STEP, empty_messages
 
 #: Values of a program: at least one group of the largest size.
 _TILE = tl.constexpr(1024)
@@ -27,7 +27,7 @@ _GREATEST = tl.constexpr(torch.finfo(torch.float32).max)
 def quantise(values: Tensor, fmt: Quantisation) -> Tensor:
     """As :func:`megatron_spd.comm.quantize.quantise`."""
     rows, n = values.shape
-    wire = torch.zeros(rows, fmt.wire_bytes(n), dtype=torch.uint8, device=values.device)
+    wire = empty_messages(rows, n, fmt, values.device)
     grid = (triton.cdiv(n, _TILE.value), rows)
     _quantise_kernel[grid](
         values.contiguous(), wire, wire.view(torch.bfloat16), n, wire.shape[1], fmt.bits, fmt.group
@@ -44,7 +44,7 @@ def dequantise(wire: Tensor, n: int, fmt: Quantisation) -> Tensor:
 
 def requantised_sum(wire: Tensor, n: int, scatter: Quantisation, gather: Quantisation) -> Tensor:
     """As :func:`megatron_spd.comm.quantize.requantised_sum`."""
-    message = torch.zeros(1, gather.wire_bytes(n), dtype=torch.uint8, device=wire.device)
+    message = empty_messages(1, n, gather, wire.device)
     _unpack(wire, n, scatter, gather, len(wire), message)
     return message
 

@@ -38,11 +38,18 @@ def quantise(values: Tensor, fmt: Quantisation) -> Tensor:
     """
     rows, n = values.shape
     groups = n // fmt.group
-    wire = torch.empty(rows, fmt.wire_bytes(n), dtype=torch.uint8, device=values.device)
-    wire[:, groups * fmt.bytes_per_group :] = 0
+    wire = empty_messages(rows, n, fmt, values.device)
     grouped = values.unflatten(1, (groups, fmt.group))
     for row, part in _blocks(rows, groups, fmt.group):
         _encode(grouped[row, part].float(), _Message(wire[row], groups, fmt, part))
+    return wire
+
+
+def empty_messages(rows: int, n: int, fmt: Quantisation, device: torch.device) -> Tensor:
+    """Messages uint8 [rows, fmt.wire_bytes(n)] of n values each, to be written: set is only what lies behind the last
+    group, to 0."""
+    wire = torch.empty(rows, fmt.wire_bytes(n), dtype=torch.uint8, device=device)
+    wire[:, n // fmt.group * fmt.bytes_per_group :] = 0
     return wire
 
 

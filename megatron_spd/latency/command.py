@@ -9,7 +9,7 @@ from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.config import BenchOptions
 from megatron_spd.errors import UserError
 from megatron_spd.latency.benchmark import Settings, run_benchmark
-from megatron_spd.latency.link import check_links_possible, enter_network
+from megatron_spd.latency.link import enter_network
 from megatron_spd.latency.measure import Workload
 from megatron_spd.latency.variants import make_variants, read_plans
 from megatron_spd.models.build import DTYPES
@@ -35,7 +35,6 @@ def bench_model(options: BenchOptions) -> tuple[dict[str, Any], bool]:
     if options.rate_values:
         if options.ranks == 1:
             raise UserError("--link-rates needs a link between ranks: give --ranks 2 or more")
-        check_links_possible()
         enter_network(int(os.environ["RANK"]), options.ranks)
     works = [Workload(b, s, options.new_tokens) for b in options.batch_values for s in options.prompt_values]
     settings = Settings(works, options.rate_values, options.rounds, DTYPES[options.dtype], options.seed)
