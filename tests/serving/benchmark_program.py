@@ -30,7 +30,8 @@ def main(asked: str, answered: str) -> None:
 
 
 def counted(engine: Any, prompt: list[int], new_tokens: int) -> dict[str, list[float]]:
-    """The latencies of one request, and the mean of those that vLLM's Prometheus metrics counted meanwhile.
+    """The latencies of one request, and the mean of those that vLLM's Prometheus metrics counted meanwhile; and its
+    tokens per second, with their number.
 
     The process has one set of these metrics, that of the last engine.
     """
@@ -43,6 +44,7 @@ def counted(engine: Any, prompt: list[int], new_tokens: int) -> dict[str, list[f
     for figure, name in COUNTED.items():
         (seconds, number), (seconds_before, number_before) = after[name], before[name]
         found[figure] = [getattr(batch, figure), (seconds - seconds_before) / (number - number_before)]
+    found["tokens_per_second"] = [batch.tokens_per_second, float(new_tokens)]
     return found
 
 

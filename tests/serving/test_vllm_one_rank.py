@@ -79,6 +79,15 @@ def test_latencies_are_those_that_vllm_counts(answer: dict[str, Any], figure: st
     assert own > 0
 
 
+@NEEDS_VLLM
+def test_nothing_is_generated_faster_than_by_the_latencies(answer: dict[str, Any]) -> None:
+    """Those that vLLM counts, of the same request."""
+    (rate, tokens), (_, first), (_, between) = (
+        answer["counted"][name] for name in ("tokens_per_second", "first_token", "between_tokens")
+    )
+    assert tokens / rate > 0.9 * (first + (tokens - 1) * between)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
