@@ -1,5 +1,9 @@
 """The commands of the command line: options in, a JSON-able result out. Each runs on every launched rank; the
-main one writes."""
+main one writes.
+
+What draws (matplotlib) or generates text (transformers' generation) is imported where it is used: both take seconds
+that every rank would spend.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +39,12 @@ from megatron_spd.config import (
 from megatron_spd.distill.tracking import Tracker
 from megatron_spd.distill.units import check_distilled_for
 from megatron_spd.errors import UserError
-from megatron_spd.evaluate.folders import check_same_vocabulary, measure_folders
-from megatron_spd.evaluate.tasks import load_tasks, task_names
 from megatron_spd.files import write_text_atomic
 from megatron_spd.optimizing import choose_or_optimize
 from megatron_spd.plan import BRANCH_FLAGS, BaseModel, SPDPlan
 from megatron_spd.planning import SetSearch, make_search, read_scores
 from megatron_spd.report.evaluation import evaluation_text
 from megatron_spd.report.optimized import optimized_text
-from megatron_spd.report.plots import plot_sensitivity
 from megatron_spd.report.tables import dropped_in_words, low_bit_note, sensitivity_table, summary_table
 from megatron_spd.runtime.distributed import Runtime, initialize, shutdown
 from megatron_spd.sensitivity.sweep import sweep
@@ -91,6 +92,8 @@ def sensitivity(options: SensitivityOptions) -> dict[str, Any]:
     result |= {"grouped": options.grouped}
     if runtime.is_main:
         _write_json(out, result)
+        from megatron_spd.report.plots import plot_sensitivity
+
         plot = out.with_suffix(".png")
         plot_sensitivity(result, find_thresholds(_any_scores(result)), plot)
         result |= {"out": str(out), "plot": str(plot)}
@@ -287,6 +290,9 @@ def _calibrated_folder(path: str | None, plan: SPDPlan) -> Path | None:
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """See EvaluateOptions."""
+    from megatron_spd.evaluate.folders import check_same_vocabulary, measure_folders
+    from megatron_spd.evaluate.tasks import load_tasks, task_names
+
     # Again: a launcher may have started more ranks than --ranks says.
     options.check_processes()
     reader = CheckpointReader(options.model)

@@ -28,7 +28,6 @@ from megatron_spd.compensation import calibration_pieces
 from megatron_spd.config import CurveOptions
 from megatron_spd.curve_variants import TRAINED, Variants
 from megatron_spd.errors import UserError
-from megatron_spd.evaluate.generate import load_for_generation
 from megatron_spd.evaluate.statistics import paired_difference, perplexity_interval
 from megatron_spd.evaluate.tasks import load_tasks, run_tasks, task_names
 from megatron_spd.models.build import DTYPES
@@ -260,6 +259,8 @@ class _Curve:
         mark = hashlib.sha256(asked.encode()).hexdigest()[:8]
 
         def measure() -> dict[str, Any]:
+            from megatron_spd.evaluate.generate import load_for_generation
+
             model = load_for_generation(folder(), DTYPES[options.dtype])
             # Module's own method: transformers' wrapper of it hides its types.
             torch.nn.Module.to(model, self.runtime.device)

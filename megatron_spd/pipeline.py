@@ -27,13 +27,11 @@ from megatron_spd.compensation import (
 from megatron_spd.config import RunOptions
 from megatron_spd.distill.tracking import Tracker
 from megatron_spd.errors import UserError
-from megatron_spd.evaluate.generate import generate_text
 from megatron_spd.evaluate.perplexity import plan_nll
 from megatron_spd.evaluate.statistics import paired_difference, perplexity_interval
 from megatron_spd.optimizing import choose_or_optimize
 from megatron_spd.plan import SPDPlan
 from megatron_spd.planning import Choice, make_search
-from megatron_spd.report.run import write_report
 from megatron_spd.run_folder import RunFolder, run_identity
 from megatron_spd.runtime.distributed import Runtime
 from megatron_spd.sensitivity.sweep import Method, sweep
@@ -160,6 +158,9 @@ class _Pipeline:
         }
         self.folder.write_json("results.json", results)
         if self.runtime.is_main:
+            # Only here: matplotlib takes seconds to import, which the other ranks are spared.
+            from megatron_spd.report.run import write_report
+
             write_report(results, report)
             self._track(results)
         self.runtime.barrier()
@@ -282,6 +283,8 @@ class _Pipeline:
     def _samples(self) -> dict[str, str]:
         if not self.runtime.is_main:
             return {}
+        from megatron_spd.evaluate.generate import generate_text
+
         return {
             "prompt": PROMPT,
             "plain": generate_text(self.options.model, PROMPT, _SAMPLE_TOKENS),

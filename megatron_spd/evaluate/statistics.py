@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm, t
+from scipy.special import ndtr, stdtrit
 
 #: exp of more leaves the range of a float.
 _MOST_NATS = 700.0
@@ -106,6 +106,6 @@ def _mean_interval(
     generator = np.random.default_rng(seed)
     # One at a time: all of them together would be resamples x n numbers.
     means = np.array([x[generator.integers(n, size=n)].mean() for _ in range(resamples)])
-    tail = norm.cdf(np.sqrt(n / (n - 1)) * t.ppf((1 - confidence) / 2, n - 1))
+    tail = ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - confidence) / 2))
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

@@ -11,13 +11,14 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from megatron_spd.errors import UserError
 from megatron_spd.evaluate.local_tasks import LOCAL_TASKS
 from megatron_spd.runtime.failures import one_line
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 #: The zero-shot tasks of the SPD paper by lm-eval's names, and the one name that stands for all of them.
 PAPER_TASKS = ("arc_easy", "arc_challenge", "hellaswag", "lambada_openai", "piqa", "sciq", "winogrande")

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_spd.report.curve_plots import plot_curve, plot_orders
 from megatron_spd.report.document import Section, Table, pictures_of, write_document
 from megatron_spd.report.tables import MISSING, bounds, number, percent, percent_bounds, text_table
 
@@ -38,6 +37,9 @@ Cells = dict[tuple[str, float], Mapping[str, Any]]
 def write_curve_report(curve: Curve, folder: Path) -> dict[str, Path]:
     """Draw ``curve.png`` (and ``orders.png``) and write ``curve.html`` and ``curve.md`` into ``folder``, each whole or
     not at all; their paths under ``curve``, ``orders``, ``html`` and ``markdown``."""
+    # matplotlib takes seconds to import, which ranks that only measure are spared.
+    from megatron_spd.report.curve_plots import plot_curve, plot_orders
+
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {"curve": plot_curve(curve, LABELS, folder / "curve.png")}
     if curve["orders"] is not None:

@@ -20,7 +20,6 @@ from typing import Any
 
 from megatron_spd.files import write_text_atomic
 from megatron_spd.report.document import Section, Table, pictures_of, write_document
-from megatron_spd.report.latency_plots import plot_breakdown, plot_latency
 from megatron_spd.report.tables import MISSING, number, size, text_table
 
 Benchmark = Mapping[str, Any]
@@ -56,6 +55,9 @@ _NOTES = [
 def write_latency_report(benchmark: Benchmark, folder: Path) -> dict[str, str]:
     """Write ``bench.json``, ``bench.html``, ``bench.md``, ``bench.png`` and ``breakdown.png`` into ``folder``, each
     whole or not at all; their paths."""
+    # matplotlib takes seconds to import, which ranks that only measure are spared.
+    from megatron_spd.report.latency_plots import plot_breakdown, plot_latency
+
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "bench.json"
     write_text_atomic(data, json.dumps(benchmark, indent=1, allow_nan=False) + "\n")

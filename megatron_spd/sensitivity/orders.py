@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from scipy.stats import rankdata
-
 from megatron_spd.sensitivity.tiers import Scores
 
 
@@ -20,6 +18,8 @@ def compare_orders(before: Scores, after: Scores) -> dict[str, Any]:
     Raises:
         ValueError: the points are not the same.
     """
+    from scipy.stats import rankdata  # takes a second to import
+
     if before.keys() != after.keys():
         raise ValueError(f"{len(before)} points before, {len(after)} after; expected the same points")
     points = sorted(before)
