@@ -14,7 +14,6 @@ from megatron_spd.calibration.stream import BlockStreamer, model_shape
 from megatron_spd.calibration.text import embedded_text, token_batches
 from megatron_spd.checkpoint.export import export
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.checkpoint.prepare import prepare
 from megatron_spd.errors import UserError
 from megatron_spd.evaluate.generate import load_for_generation
 from megatron_spd.evaluate.perplexity import plan_perplexity
@@ -211,13 +210,6 @@ def _check_changes(blocks: list[dict[str, Any]], ingredients: dict[str, Any]) ->
 
 
 # ---- a real model ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("smollm2") / "model"
-    prepare("smollm2-135m", folder)
-    return folder
 
 
 def real_blocks(folder: Path, blocks: list[int], ingredients: dict[str, Any]) -> list[dict[str, float]]:

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from megatron_spd.calibration.stream import model_shape
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.checkpoint.prepare import prepare
 from megatron_spd.evaluate.generate import load_for_generation
 from megatron_spd.models.build import build_gpt_model
 from megatron_spd.plan import SPDPlan
@@ -85,13 +84,6 @@ def test_the_export_has_the_logits_of_the_megatron_run(
     assert (got - wanted).abs().max() < TOLERANCE
     # The schedule matters on this model, so equal logits say something.
     assert (got - dense).abs().max() > 100 * TOLERANCE
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("smollm2") / "model"
-    prepare("smollm2-135m", folder)
-    return folder
 
 
 @pytest.mark.slow

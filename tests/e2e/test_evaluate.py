@@ -12,7 +12,6 @@ from transformers import LlamaForCausalLM
 
 from megatron_spd.calibration.text import embedded_text
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.checkpoint.prepare import prepare
 from megatron_spd.checkpoint.remote_code.modeling_spd_llama import SPDLlamaForCausalLM
 from tests.command_line import answer, command
 from tests.e2e.bad_input import assert_one_line
@@ -123,15 +122,14 @@ def test_ranks_of_a_foreign_launcher_count_too(work: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_the_real_model_knows_what_follows(tmp_path: Path) -> None:
+def test_the_real_model_knows_what_follows(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2-135M finds the endings far more often than chance (1 in 4); with its attention points dropped, less."""
-    prepare("smollm2-135m", tmp_path / "plain")
-    reader = CheckpointReader(tmp_path / "plain")
-    spd = make_export(tmp_path / "plain", tmp_path / "spd", 3, list(range(0, 2 * reader.num_layers, 2)))
+    reader = CheckpointReader(smollm2)
+    spd = make_export(smollm2, tmp_path / "spd", 3, list(range(0, 2 * reader.num_layers, 2)))
     (tmp_path / "text").write_text(embedded_text()[:20_000], encoding="utf-8")
     data = ["--data", tmp_path / "text", "--sequences", 2, "--seq-length", 64]
     tasks = ["--tasks", "spd_next_word,spd_continuation", "--limit", 16]
-    found = answer("evaluate", "--model", spd, "--against", tmp_path / "plain", *data, *tasks)
+    found = answer("evaluate", "--model", spd, "--against", smollm2, *data, *tasks)
     plain = found["against"]["tasks"]
     # By chance alone 10 or more of 16 happen once in 600 times.
     assert plain["spd_continuation"]["acc"]["value"] >= 10 / 16

@@ -12,18 +12,20 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LITTLE = (
-    "--sequences 1 --seq-length 64 --calibration-sequences 8 --search-budget 2 --distill-sequences 8 "
-    "--finish-sequences 16 --eval-sequences 4 --epochs 1 --micro-batch-size 1"
+    "--sequences 1 --seq-length 64 --calibration-sequences 8 --search-budget 2 --distill-sequences 4 "
+    "--finish-sequences 8 --eval-sequences 4 --epochs 1 --micro-batch-size 1"
 )
 
 
 @pytest.mark.slow
-def test_smollm2(tmp_path: Path) -> None:
+@pytest.mark.timeout(1600)
+def test_smollm2(smollm2: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(smollm2)  # as a former start of the recipe would have left it
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", str(EXAMPLES / "smollm2-135m" / "run.sh"), str(tmp_path), *LITTLE.split()]
     # All attention points but two, so that sensitive blocks are distilled too.
     command += ["--sync-points", "attention", "--drop-ratio", "0.93", "--tracking", "none", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert len(result["dropped"]) == 28

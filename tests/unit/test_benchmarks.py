@@ -29,7 +29,7 @@ def start(name: str, model: Path, *options: str) -> subprocess.CompletedProcess[
     sizes = ["--sequences", "4", "--seq-length", "8", "--threads", "1", "--json"]
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--model", str(model), *sizes, *options]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=env)
 
 
 def measured(name: str, model: Path, *options: str) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def map_errors(spd: Path, plain: Path) -> subprocess.CompletedProcess[str]:
         "--seq-length",
         "24",
     ]
-    return subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=280, check=False)
 
 
 def divergence(export: Path, plain: Path, sequences: int, length: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -14,30 +13,22 @@ from transformers import AutoModelForCausalLM
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.checkpoint.prepare import embedded_gguf, prepare
 from megatron_spd.errors import CheckpointError, UserError
+from tests.conftest import Prepared
 from tests.models import make_export, make_llama
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """SmolLM2-135M prepared from its package, and the processor seconds it took."""
-    out = tmp_path_factory.mktemp("prepared") / "smollm2"
-    start = time.process_time()
-    prepare("smollm2-135m", out)
-    return out, time.process_time() - start
-
-
-def test_smollm2_is_ready_in_under_a_minute(smollm2: tuple[Path, float]) -> None:
+def test_smollm2_is_ready_in_under_a_minute(prepared_smollm2: Prepared) -> None:
     # Cores that share caches and power with busy ones are several times slower.
-    assert smollm2[1] < 60
+    assert prepared_smollm2.seconds < 60
 
 
-def test_smollm2_folder_is_clean_and_predicts_english(smollm2: tuple[Path, float]) -> None:
-    reader = CheckpointReader(smollm2[0])
+def test_smollm2_folder_is_clean_and_predicts_english(smollm2: Path) -> None:
+    reader = CheckpointReader(smollm2)
     assert "quantization_config" not in reader.config
     assert (reader.num_layers, reader.hidden_size, reader.heads, reader.kv_groups) == (30, 576, 9, 3)
     assert reader.tied
     assert {reader.dtype(name) for name in reader.names()} == {torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(smollm2[0])
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
     tokenizer = reader.tokenizer()
     with torch.no_grad():
         sentence = (
@@ -51,15 +42,14 @@ def test_smollm2_folder_is_clean_and_predicts_english(smollm2: tuple[Path, float
         assert tokenizer.decode(model(prompt).logits[0, -1].argmax()) == " Paris"
 
 
-def test_prepared_again_is_left_alone(smollm2: tuple[Path, float]) -> None:
-    out = smollm2[0]
-    before = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
-    assert prepare("smollm2-135m", out)["reused"] is True
-    assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == before
+def test_prepared_again_is_left_alone(smollm2: Path) -> None:
+    before = {file.name: file.stat().st_mtime_ns for file in smollm2.iterdir()}
+    assert prepare("smollm2-135m", smollm2)["reused"] is True
+    assert {file.name: file.stat().st_mtime_ns for file in smollm2.iterdir()} == before
 
 
-def test_gguf_file_by_path_is_the_same_source(smollm2: tuple[Path, float]) -> None:
-    assert prepare(str(embedded_gguf()), smollm2[0])["reused"] is True
+def test_gguf_file_by_path_is_the_same_source(smollm2: Path) -> None:
+    assert prepare(str(embedded_gguf()), smollm2)["reused"] is True
 
 
 @pytest.mark.parametrize("shards", ["1GB", "20KB"])
