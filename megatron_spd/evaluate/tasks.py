@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_spd.errors import UserError
 from megatron_spd.evaluate.local_tasks import LOCAL_TASKS
@@ -91,7 +91,7 @@ def _load_task(manager: Any, name: str) -> list[Any]:
 
 def run_tasks(
     tasks: Mapping[str, Any],
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 8,
     limit: int | None = None,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from megatron_spd.errors import UserError
 from megatron_spd.models.family import ModelFamily
 from megatron_spd.models.llama import LLAMA
+from megatron_spd.models.qwen2 import QWEN2
 
-FAMILIES: tuple[ModelFamily, ...] = (LLAMA,)
+FAMILIES: tuple[ModelFamily, ...] = (LLAMA, QWEN2)
 
 
 def family_of(model_type: str | None, where: str = "the model") -> ModelFamily:
