@@ -89,7 +89,7 @@ class CheckpointReader:
         self.hidden_size = self._positive("hidden_size")
         self.heads = self._positive("num_attention_heads")
         self.kv_groups = self._positive("num_key_value_heads", default=self.heads)
-        self.head_dim = self._positive("head_dim", default=self.hidden_size // self.heads)
+        self.head_dim = self._positive("head_dim", self.family.head_dim or self.hidden_size // self.heads)
         self.ffn = self._positive(self.family.ffn_key)
         self.settings = self._read_settings()
         self.plan = self._read_plan()

@@ -150,7 +150,7 @@ class BlockUnit(nn.Module):
         spec = block_submodules(config, list(schedules), fused_attention)
         self.blocks = TransformerBlock(config=config, spec=spec, post_layer_norm=False)
         mark_tensor_parallel(self)
-        self.to(runtime.device)
+        self.to(runtime.device, dtype)  # Megatron-core makes norms in float32 whatever the dtype
         self._rotary = [make_rotary(shape, runtime.device)]  # in a list: not a submodule, has no weights
         self._masks: dict[int, tuple[Tensor, Tensor | None]] = {}
 
@@ -255,7 +255,7 @@ def build_gpt_model(
         position_embedding_type="rope" if family.positions is None else "learned_absolute",
     )
     mark_tensor_parallel(model)
-    model.to(runtime.device)
+    model.to(runtime.device, dtype)
     embedding = _vocabulary_shard(tensor(family.embedding), vocab, runtime)
     model.embedding.word_embeddings.weight.data.copy_(embedding)
     if not tied:

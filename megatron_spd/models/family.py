@@ -49,7 +49,8 @@ class ModelFamily:
 
     ``settings`` reads a Hugging Face config (as a dict); it raises UserError for a setting that the family does not
     cover. ``classes``: transformers' classes are ``<classes>Config`` and ``<classes>ForCausalLM``. ``tied``: whether
-    the output layer is the embedding where a config does not say. ``ffn_key``: the config's name for the MLP neurons.
+    the output layer is the embedding, and ``head_dim`` the size of a head, where a config does not say (None: the
+    hidden size shared out over the heads). ``ffn_key``: the config's name for the number of MLP neurons.
     ``positions`` None: rotary. ``stored_names``: modules of a block that its checkpoints call otherwise.
     """
 
@@ -65,6 +66,7 @@ class ModelFamily:
     final_norm: str = "model.norm.weight"
     output_layer: str = "lm_head.weight"
     tied: bool = False
+    head_dim: int | None = None
     ffn_key: str = "intermediate_size"
     stored_names: Mapping[str, str] = field(default_factory=dict)
     branch_tensors: tuple[BranchTensor, ...] = BRANCH_TENSORS

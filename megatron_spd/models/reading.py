@@ -7,6 +7,12 @@ from typing import Any
 
 from megatron_spd.errors import UserError
 
+#: Why a family, or a model of one, is refused whose norms follow its sublayers.
+NORM_BEHIND = (
+    "its blocks norm the sum that an all-reduce makes, and the norm of a partial sum is no part of that: a sync point "
+    "of such a block cannot be dropped"
+)
+
 
 def expect(hf: Mapping[str, Any], **only: Any) -> None:
     """Raise UserError unless every setting of ``only`` has the value given there, or is absent."""
