@@ -112,7 +112,7 @@ def randomise_(model: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if "norm" in name:
+            if "norm" in name and name.endswith("weight"):
                 noise = 1 + 0.2 * noise
             elif parameter.dim() == 1:
                 noise = 0.3 * noise

@@ -113,7 +113,19 @@ class BlockStreamer:
             together = min(together, max(1, most // tokens.shape[1]))
         # Looked up as [s, b]: a transposed result looks contiguous for b = 1, but is multiplied several times slower.
         batches = [b.T for b in tokens.split(together)]
-        return [F.embedding(b, table).to(self.runtime.device, self.dtype) for b in batches]
+        positions = self._positions(tokens.shape[1])
+        embedded = [F.embedding(b, table).to(self.runtime.device, self.dtype) for b in batches]
+        return embedded if positions is None else [x + positions for x in embedded]
+
+    def _positions(self, length: int) -> Tensor | None:
+        """Learned position embeddings [s, 1, h], if the family has any. Raises UserError where they are too few."""
+        learned = self.shape.family.positions
+        if learned is None:
+            return None
+        rows = self.reader.get(learned.name)[learned.offset :]
+        if length > len(rows):
+            raise UserError(f"sequences of {length} tokens; the model has learned {len(rows)} positions")
+        return rows[:length, None].to(self.runtime.device, self.dtype)
 
     def unit(
         self, block: int, schedule: BlockSchedule | None = None, own: Mapping[str, Tensor] | None = None
@@ -230,13 +242,9 @@ class BlockStreamer:
 
     def _output_layer(self) -> OutputLayer:
         if self._head is None:
-            family = self.reader.family
-            name = family.embedding if self.reader.tied else family.output_layer
-            norm, table = self.reader.get(family.final_norm), self.reader.get(name)
+            device, dtype = self.runtime.device, self.dtype
             self._head = OutputLayer(
-                norm.to(self.runtime.device, self.dtype),
-                table.to(self.runtime.device, self.dtype),
-                self.reader.config["rms_norm_eps"],
+                self.reader.final_norm().to(device, dtype), self.reader.output_table().to(device, dtype)
             )
         return self._head
 

@@ -18,8 +18,7 @@ from megatron_spd.plan import SPDPlan
 
 #: The code shipped in an export, beside this file.
 REMOTE_CODE = Path(__file__).parent / "remote_code"
-_CONFIG_CLASS = "configuration_spd_llama.SPDLlamaConfig"
-_MODEL_CLASS = "modeling_spd_llama.SPDLlamaForCausalLM"
+_CONFIG_MODULE, _MODEL_MODULE = "configuration_spd", "modeling_spd"
 
 
 def export(
@@ -48,32 +47,36 @@ def export(
     plan.check_model(reader.fingerprint(), str(reader.folder))
     with atomic_folder(Path(out), may_replace=lambda folder: _holds_export_of(folder, plan)) as folder:
         writer = ShardWriter(folder, max_shard_bytes)
-        writer.add(reader.family.embedding, reader.get(reader.family.embedding))
+        for name in reader.outer_names():
+            writer.add(name, reader.get(name))
         for block in range(plan.num_layers):
             weights = blocks(block)
             _check_block(reader, plan, block, weights)
             for name, tensor in weights.items():
                 dtype = _stored_dtype(reader, block, name)
                 writer.add(reader.family.block_name(block, name), tensor.to(dtype))
-        writer.add(reader.family.final_norm, reader.get(reader.family.final_norm))
-        if not reader.tied:
-            writer.add(reader.family.output_layer, reader.get(reader.family.output_layer))
         writer.close()
         copy_side_files(reader.folder, folder)
-        for file in _CONFIG_CLASS, _MODEL_CLASS:
-            shutil.copyfile(REMOTE_CODE / f"{file.split('.')[0]}.py", folder / f"{file.split('.')[0]}.py")
+        for module in _CONFIG_MODULE, _MODEL_MODULE:
+            shutil.copyfile(REMOTE_CODE / f"{module}.py", folder / f"{module}.py")
         config = json.dumps(_config(reader, plan), indent=1, sort_keys=True) + "\n"
         (folder / "config.json").write_text(config, encoding="utf-8")
 
 
 def _config(reader: CheckpointReader, plan: SPDPlan) -> dict[str, Any]:
-    return reader.config | {
-        "model_type": reader.family.spd_model_type,
-        "architectures": [_MODEL_CLASS.split(".")[1]],
-        "auto_map": {"AutoConfig": _CONFIG_CLASS, "AutoModelForCausalLM": _MODEL_CLASS},
+    family = reader.family
+    model = f"SPD{family.classes}ForCausalLM"
+    config = reader.config | {
+        "model_type": family.spd_model_type,
+        "architectures": [model],
+        "auto_map": {
+            "AutoConfig": f"{_CONFIG_MODULE}.SPD{family.classes}Config",
+            "AutoModelForCausalLM": f"{_MODEL_MODULE}.{model}",
+        },
         "spd_branches": plan.branches,
         "spd_plan": plan.to_dict(),
     }
+    return config | ({"spd_stored_names": dict(family.stored_names)} if family.stored_names else {})
 
 
 def _holds_export_of(folder: Path, plan: SPDPlan) -> bool:

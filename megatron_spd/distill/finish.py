@@ -35,7 +35,7 @@ from megatron_spd.distill.settings import FinishSettings
 from megatron_spd.distill.tracking import Tracker
 from megatron_spd.distill.units import FinishStore
 from megatron_spd.errors import UserError
-from megatron_spd.models.build import DTYPES, ModelShape, build_gpt_model
+from megatron_spd.models.build import DTYPES, ModelShape, build_gpt_model, causal_mask
 from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import Runtime, tensor_parallel_seed
 
@@ -104,6 +104,7 @@ class _Student(nn.Module):
             for name, parameter in model.decoder.layers[block].named_parameters():
                 is_vector = name in vectors or "layernorm" in name
                 parameter.requires_grad_(settings.which == "blocks" or is_vector)
+        self._rotary = getattr(model, "rotary_pos_emb", None)  # learned positions are in the embedding
         tied = model.share_embeddings_and_output_weights
         table = model.embedding.word_embeddings.weight if tied else model.output_layer.weight
         self._table = [table]  # in a list: the parameter has its name already
@@ -120,9 +121,8 @@ class _Student(nn.Module):
         if self.recompute and self.training:
             # A checkpointed function passes gradients on only if one of its inputs needs them.
             x = x.detach().requires_grad_()
-        mask = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
-        rotary = self.model.rotary_pos_emb(length)
-        states = self.model.decoder(x, attention_mask=mask, rotary_pos_emb=rotary)
+        rotary = None if self._rotary is None else self._rotary(length)
+        states = self.model.decoder(x, attention_mask=causal_mask(length, device), rotary_pos_emb=rotary)
         with torch.no_grad():
             wanted = self.model.decoder.final_layernorm(teacher)
         return vocabulary_parallel_kl(states, wanted, self._table[0][: self._rows], self.runtime.tp_group)

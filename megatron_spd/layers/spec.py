@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -14,6 +15,7 @@ from megatron_spd.errors import UserError
 from megatron_spd.layers.attention import FusedCausalAttention
 from megatron_spd.layers.block import SPDTransformerLayer
 from megatron_spd.layers.linear import BranchColumnParallelLinear, PartialRowParallelLinear
+from megatron_spd.layers.norm import HeadNorm
 from megatron_spd.plan import BlockSchedule, SPDPlan
 
 
@@ -46,7 +48,7 @@ def block_submodules(
     _check_config(config)
     stock = _stock_spec(config)
     if fused_attention:
-        stock = _with_fused_attention(stock)
+        stock = _with_attention(stock, core_attention=FusedCausalAttention)
     return TransformerBlockSubmodules(
         layer_specs=[stock if s.is_stock else _spd_spec(config, stock, s) for s in schedules],
         layer_norm=stock.submodules.input_layernorm,
@@ -72,13 +74,18 @@ def _check_config(config: TransformerConfig) -> None:
 
 
 def _stock_spec(config: TransformerConfig) -> ModuleSpec:
-    return get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    stock = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    return (
+        _with_attention(stock, q_layernorm=HeadNorm, k_layernorm=HeadNorm) if config.qk_layernorm else stock
+    )
 
 
-def _with_fused_attention(stock: ModuleSpec) -> ModuleSpec:
+def _with_attention(stock: ModuleSpec, **submodules: Any) -> ModuleSpec:
+    """``stock`` with other ``submodules`` in its self attention."""
     attention = stock.submodules.self_attention
-    fused = dataclasses.replace(attention.submodules, core_attention=FusedCausalAttention)
-    attention = dataclasses.replace(attention, submodules=fused)
+    attention = dataclasses.replace(
+        attention, submodules=dataclasses.replace(attention.submodules, **submodules)
+    )
     return dataclasses.replace(
         stock, submodules=dataclasses.replace(stock.submodules, self_attention=attention)
     )
@@ -99,25 +106,13 @@ def _spd_spec(config: TransformerConfig, stock: ModuleSpec, schedule: BlockSched
             PartialRowParallelLinear, params={"local_branches": branches, "per_branch": per_branch}
         )
 
-    layer, attention, mlp = stock.submodules, stock.submodules.self_attention, stock.submodules.mlp
-    attention = dataclasses.replace(
-        attention,
-        submodules=dataclasses.replace(
-            attention.submodules,
-            linear_qkv=column(),
-            linear_proj=row(attention_apart),
-        ),
-    )
+    stock = _with_attention(stock, linear_qkv=column(), linear_proj=row(attention_apart))
+    mlp = stock.submodules.mlp
     mlp = dataclasses.replace(
-        mlp,
-        submodules=dataclasses.replace(
-            mlp.submodules,
-            linear_fc1=column(),
-            linear_fc2=row(mlp_apart),
-        ),
+        mlp, submodules=dataclasses.replace(mlp.submodules, linear_fc1=column(), linear_fc2=row(mlp_apart))
     )
     return ModuleSpec(
         module=SPDTransformerLayer,
         params={"schedule": schedule},
-        submodules=dataclasses.replace(layer, self_attention=attention, mlp=mlp),
+        submodules=dataclasses.replace(stock.submodules, mlp=mlp),
     )

@@ -7,6 +7,7 @@ block's weights take their place. A whole model is built only to be compared, tr
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,10 +23,11 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn import functional
 
 from megatron_spd.errors import UserError
 from megatron_spd.layers.spec import block_submodules, get_gpt_layer_spd_spec
-from megatron_spd.models.family import ModelFamily
+from megatron_spd.models.family import BlockSettings, ModelFamily
 from megatron_spd.models.weights import Weights, from_megatron, shard_block, to_megatron
 from megatron_spd.plan import BlockSchedule, SPDPlan
 from megatron_spd.runtime.distributed import Runtime
@@ -45,20 +47,34 @@ class ModelShape:
     def kv_groups(self) -> int:
         return int(self.hf_config.get("num_key_value_heads") or self.hf_config["num_attention_heads"])
 
+    @functools.cached_property
+    def settings(self) -> BlockSettings:
+        """What the config says about a block beside its sizes. Raises UserError for what the family does not cover."""
+        return self.family.settings(self.hf_config)
+
 
 def transformer_config(
     shape: ModelShape, runtime: Runtime, dtype: torch.dtype, **overrides: Any
 ) -> TransformerConfig:
     """Megatron-core's config for the model under M = ``runtime.tp_size``; ``overrides`` win (dropout,
     recompute, ...)."""
-    hf = shape.hf_config
+    hf, family, settings = shape.hf_config, shape.family, shape.settings
     kwargs: dict[str, Any] = {
         "num_layers": hf["num_hidden_layers"],
         "hidden_size": hf["hidden_size"],
-        "ffn_hidden_size": hf["intermediate_size"],
+        "ffn_hidden_size": hf[family.ffn_key],
         "num_attention_heads": hf["num_attention_heads"],
         "num_query_groups": shape.kv_groups,
         "kv_channels": shape.head_dim,
+        "normalization": family.norm,
+        "layernorm_epsilon": settings.norm_eps,
+        "activation_func": getattr(functional, family.activation),
+        "gated_linear_unit": family.tables.gated,
+        "qk_layernorm": family.tables.qk_norm,
+        # Megatron has one switch for all biases; a bias that the checkpoint lacks is loaded as zero.
+        "add_bias_linear": settings.output_bias or settings.mlp_bias,
+        "add_qkv_bias": settings.qkv_bias,
+        "window_size": None if settings.window is None else (settings.window - 1, 0),
         "tensor_model_parallel_size": runtime.tp_size,
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -72,7 +88,6 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "gradient_accumulation_fusion": False,
-        **shape.family.config_kwargs(hf),
     }
     return TransformerConfig(**(kwargs | overrides))
 
@@ -98,10 +113,19 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
     return rotary.inv_freq.detach().to(torch.float32, copy=True)
 
 
-def _rotary(shape: ModelShape, device: torch.device) -> RotaryEmbedding:
+def make_rotary(shape: ModelShape, device: torch.device) -> RotaryEmbedding | None:
+    """Megatron-core's rotary embedding with the model's frequencies; None for a family that learned its positions."""
+    if shape.family.positions is not None:
+        return None
     rotary = RotaryEmbedding(kv_channels=shape.head_dim, rotary_percent=1.0, use_cpu_initialization=True)
     rotary.inv_freq = inverse_frequencies(shape).to(device)
     return rotary
+
+
+def causal_mask(length: int, device: torch.device) -> Tensor:
+    """[1, 1, length, length], True where a query must not look, as Megatron-core wants it. A sliding window is not in
+    it: Megatron-core makes that mask itself from its config's ``window_size``."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
 
 
 class BlockUnit(nn.Module):
@@ -126,9 +150,9 @@ class BlockUnit(nn.Module):
         spec = block_submodules(config, list(schedules), fused_attention)
         self.blocks = TransformerBlock(config=config, spec=spec, post_layer_norm=False)
         mark_tensor_parallel(self)
-        self.to(runtime.device)
-        self._rotary = [_rotary(shape, runtime.device)]  # in a list: not a submodule, has no weights
-        self._masks: dict[int, tuple[Tensor, Tensor]] = {}
+        self.to(runtime.device, dtype)  # Megatron-core makes norms in float32 whatever the dtype
+        self._rotary = [make_rotary(shape, runtime.device)]  # in a list: not a submodule, has no weights
+        self._masks: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [s, b, h] -> [s, b, h]; causal, positions from 0."""
@@ -140,10 +164,11 @@ class BlockUnit(nn.Module):
         mask, rotary = self._mask_and_rotary(x.shape[0])
         return self.blocks.layers[0](x, attention_mask=mask, context=pending, rotary_pos_emb=rotary)
 
-    def _mask_and_rotary(self, length: int) -> tuple[Tensor, Tensor]:
+    def _mask_and_rotary(self, length: int) -> tuple[Tensor, Tensor | None]:
         if length not in self._masks:
-            ones = torch.ones(length, length, dtype=torch.bool, device=self.runtime.device)
-            self._masks = {length: (ones.triu(1)[None, None], self._rotary[0](length))}
+            mask = causal_mask(length, self.runtime.device)
+            rotary = self._rotary[0]
+            self._masks = {length: (mask, None if rotary is None else rotary(length))}
         return self._masks[length]
 
     def load_block(self, index: int, weights: Weights) -> None:
@@ -219,7 +244,7 @@ def build_gpt_model(
     """
     hf, family = shape.hf_config, shape.family
     config = transformer_config(shape, runtime, dtype, **overrides)
-    tied = bool(hf.get("tie_word_embeddings", False))
+    tied = family.is_tied(hf)
     vocab = -(-hf["vocab_size"] // runtime.tp_size) * runtime.tp_size
     model = GPTModel(
         config=config,
@@ -227,16 +252,22 @@ def build_gpt_model(
         vocab_size=vocab,
         max_sequence_length=hf.get("max_position_embeddings", 2048),
         share_embeddings_and_output_weights=tied,
-        position_embedding_type="rope",
+        position_embedding_type="rope" if family.positions is None else "learned_absolute",
     )
     mark_tensor_parallel(model)
-    model.to(runtime.device)
-    model.rotary_pos_emb = _rotary(shape, runtime.device)
+    model.to(runtime.device, dtype)
     embedding = _vocabulary_shard(tensor(family.embedding), vocab, runtime)
     model.embedding.word_embeddings.weight.data.copy_(embedding)
     if not tied:
         model.output_layer.weight.data.copy_(_vocabulary_shard(tensor(family.output_layer), vocab, runtime))
+    if family.positions is None:
+        model.rotary_pos_emb = make_rotary(shape, runtime.device)
+    else:
+        rows = tensor(family.positions.name)[family.positions.offset :]
+        model.embedding.position_embeddings.weight.data.copy_(rows)
     model.decoder.final_layernorm.weight.data.copy_(tensor(family.final_norm))
+    if family.final_norm_bias is not None:
+        model.decoder.final_layernorm.bias.data.copy_(tensor(family.final_norm_bias))
     for i, layer in enumerate(model.decoder.layers):
         shard = shard_block(block_weights(i), family, runtime.tp_rank, runtime.tp_size)
         load_layer(layer, shard, shape, runtime)

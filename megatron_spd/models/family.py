@@ -1,86 +1,99 @@
-"""What a model family is to this package: three declarative tables and a config mapping.
+"""What a model family is to this package: names, a few choices and declarative tables.
 
-``HFTensor`` says how a Hugging Face tensor of a block is laid out over heads and neurons; permutation, tensor-parallel
-slicing and gathering all follow from it. ``MegatronTensor`` says which of them make up a Megatron-core parameter.
-``BranchTensor`` names what an SPD block may have and a dense one has not.
+Inside the package the tensors of a block go by one set of names for all families, those of a Hugging Face Llama
+(``self_attn.q_proj.weight``, ``mlp.down_proj.bias``, ...); a family whose checkpoints call them otherwise says so in
+``stored_names``. ``HFTensor`` says how a tensor of a block is laid out over heads and neurons; permutation,
+tensor-parallel slicing and gathering all follow from it. ``MegatronTensor`` says which of them make up a Megatron-core
+parameter. ``BranchTensor`` names what an SPD block may have and a dense one has not. ``tables.py`` has the tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_spd.models.norm import NormKind
+from megatron_spd.models.tables import BLOCK, BRANCH_TENSORS, BlockTables, BranchTensor, HFTensor
 from megatron_spd.plan import BlockPlan
 
-#: What one step along the split axis is: a row of a query head, of a key/value head, an MLP neuron, or a branch.
-Unit = Literal["query", "kv", "neuron", "branch"]
-
-#: How Megatron-core lays out the parts of a parameter on one rank.
-#: ``copy``: the one source as it is. ``stack``: the sources' slices one after the other (gate, up).
-#: ``interleave_qkv``: for each key/value group its query heads, its key head, its value head.
-Layout = Literal["copy", "stack", "interleave_qkv"]
+Activation = Literal["silu", "relu"]
 
 
 @dataclass(frozen=True)
-class HFTensor:
-    """A tensor of one block. ``name`` is relative to the block's prefix; ``dim``/``unit`` the axis that is split over
-    branches and ranks (``dim`` None: replicated). ``optional``: some configs of the family do not have it."""
+class BlockSettings:
+    """What a ``config.json`` says about a block beside its sizes.
 
-    name: str
-    dim: int | None = None
-    unit: Unit | None = None
-    optional: bool = False
-
-
-@dataclass(frozen=True)
-class MegatronTensor:
-    """A Megatron-core parameter of one transformer layer and the ``HFTensor`` names that make it."""
-
-    name: str
-    sources: tuple[str, ...]
-    layout: Layout = "copy"
-
-
-@dataclass(frozen=True)
-class BranchTensor:
-    """A vector for every branch, [G, h], that the dense model lacks: the rule's c_g, w_g and b_g (``layers/block.py``).
-
-    ``name``: the parameter of ``SPDTransformerLayer``; ``source``: the block-relative Hugging Face name; ``flag``: the
-    field of :class:`megatron_spd.plan.BlockPlan` by which a block has it. ``initial``: the value of all elements that
-    changes nothing, from which training starts; None where the values have to be computed first (shifts).
+    ``norm_eps``: of all norms. ``qkv_bias``, ``output_bias``, ``mlp_bias``: which projections have biases (q, k and v;
+    o; all of the MLP). ``window``: keys that a query sees, its own included; None: all before it.
     """
 
+    norm_eps: float
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class LearnedPositions:
+    """A table of position embeddings: the tensor's full ``name``; position 0 is row ``offset``."""
+
     name: str
-    source: str
-    flag: str
-    initial: float | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True)
 class ModelFamily:
     """One family of models.
 
-    ``config_kwargs`` maps a Hugging Face config (as a dict) to keyword arguments of Megatron-core's
-    ``TransformerConfig``; it raises UserError for a setting that the family does not cover.
+    ``settings`` reads a Hugging Face config (as a dict); it raises UserError for a setting that the family does not
+    cover. ``classes``: transformers' classes are ``<classes>Config`` and ``<classes>ForCausalLM``. ``tied``: whether
+    the output layer is the embedding, and ``head_dim`` the size of a head, where a config does not say (None: the
+    hidden size shared out over the heads). ``ffn_key``: the config's name for the number of MLP neurons.
+    ``positions`` None: rotary. ``stored_names``: modules of a block that its checkpoints call otherwise.
     """
 
     model_type: str
-    spd_model_type: str
-    block_prefix: str
-    hf_tensors: tuple[HFTensor, ...]
-    megatron_tensors: tuple[MegatronTensor, ...]
-    embedding: str
-    final_norm: str
-    output_layer: str
-    branch_tensors: tuple[BranchTensor, ...]
-    config_kwargs: Callable[[Mapping[str, Any]], dict[str, Any]]
+    classes: str
+    settings: Callable[[Mapping[str, Any]], BlockSettings]
+    tables: BlockTables = BLOCK
+    norm: NormKind = "RMSNorm"
+    activation: Activation = "silu"
+    positions: LearnedPositions | None = None
+    block_prefix: str = "model.layers.{}."
+    embedding: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
+    output_layer: str = "lm_head.weight"
+    tied: bool = False
+    head_dim: int | None = None
+    ffn_key: str = "intermediate_size"
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+    branch_tensors: tuple[BranchTensor, ...] = BRANCH_TENSORS
+
+    @property
+    def spd_model_type(self) -> str:
+        """The ``model_type`` of the family's exports."""
+        return f"spd_{self.model_type}"
+
+    @property
+    def final_norm_bias(self) -> str | None:
+        """The full name of the final norm's bias, if it has one."""
+        return self.final_norm.removesuffix("weight") + "bias" if self.norm == "LayerNorm" else None
+
+    def is_tied(self, hf: Mapping[str, Any]) -> bool:
+        """Whether the output layer is the embedding."""
+        return bool(hf.get("tie_word_embeddings", self.tied))
+
+    def block_tensors(self, settings: BlockSettings) -> list[HFTensor]:
+        """The table's entries that a model with ``settings`` has."""
+        return [t for t in self.tables.stored if t.needs is None or getattr(settings, t.needs)]
 
     def tensor(self, name: str) -> HFTensor:
-        """The table entry for a block-relative Hugging Face name (branch tensors included). Raises KeyError."""
+        """The table entry for a block-relative name (branch tensors included). Raises KeyError."""
         if any(name == entry.source for entry in self.branch_tensors):
-            return HFTensor(name, 0, "branch", optional=True)
-        for entry in self.hf_tensors:
+            return HFTensor(name, 0, "branch")
+        for entry in self.tables.stored:
             if entry.name == name:
                 return entry
         raise KeyError(name)
@@ -90,5 +103,6 @@ class ModelFamily:
         return [entry for entry in self.branch_tensors if getattr(block, entry.flag)]
 
     def block_name(self, block: int, name: str) -> str:
-        """The full name of a block-relative tensor name."""
-        return self.block_prefix.format(block) + name
+        """The full name, in a checkpoint, of a block-relative tensor name."""
+        module, _, kind = name.rpartition(".")
+        return self.block_prefix.format(block) + f"{self.stored_names.get(module, module)}.{kind}"

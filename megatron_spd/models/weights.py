@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from megatron_spd.models.family import MegatronTensor, ModelFamily
+from megatron_spd.models.family import ModelFamily
+from megatron_spd.models.tables import MegatronTensor
 from megatron_spd.plan import BlockPlan
 
 Weights = Mapping[str, Tensor]
@@ -57,7 +58,7 @@ def to_megatron(
     """
     wanted = set(wanted)
     state = {entry.name: shard[entry.source] for entry in family.branch_tensors if entry.name in wanted}
-    for entry in family.megatron_tensors:
+    for entry in family.tables.megatron:
         if entry.name in wanted:
             parts = [_part(shard, source) for source in entry.sources]
             state[entry.name] = _merge(parts, entry, kv_groups)
@@ -70,7 +71,7 @@ def from_megatron(
     """The inverse of :func:`to_megatron`; ``wanted``: the Hugging Face names that the checkpoint has."""
     wanted = set(wanted)
     shard = {entry.source: state[entry.name] for entry in family.branch_tensors if entry.name in state}
-    for entry in family.megatron_tensors:
+    for entry in family.tables.megatron:
         if wanted.intersection(entry.sources):
             parts = _split(state[entry.name], entry, kv_groups, head_dim)
             shard |= {s: p for s, p in zip(entry.sources, parts, strict=True) if s in wanted}

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.fusions import fused_softmax
 from megatron.core.tensor_parallel import random as megatron_random
 
 #: Parameters of the C library's mallopt (malloc.h).
@@ -49,6 +50,13 @@ def _set_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(new_state)
 
 
+def _window_mask(queries: int, keys: int, window: tuple[int, int]) -> torch.Tensor:
+    """True where a query must not look: the same as Megatron-core's, which is made on "cuda"."""
+    offset = keys - queries
+    seen = torch.ones(queries, keys, dtype=torch.bool).triu(offset - window[0]).tril(offset + window[1])
+    return ~seen
+
+
 def prepare_cpu_runtime() -> None:
     """Make Megatron-core's device calls answer for the CPU. Does nothing where CUDA is available; may be
     called twice."""
@@ -56,6 +64,7 @@ def prepare_cpu_runtime() -> None:
         return
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_: None
+    fused_softmax.get_sliding_window_causal_mask = _window_mask
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
     if not isinstance(megatron_random._CUDA_RNG_STATE_TRACKER, CpuRNGStatesTracker):

@@ -61,7 +61,7 @@ def test_options_are_checked_before_anything_starts(answer: dict[str, Any]) -> N
     for message, (options, expected) in zip(answer["with"], CASES, strict=True):
         assert expected in message if expected else message == "", (options, message)
     # The package's own class, not the code in the export's folder.
-    config = "megatron_spd.checkpoint.remote_code.configuration_spd_llama.SPDLlamaConfig"
+    config = "megatron_spd.checkpoint.remote_code.configuration_spd.SPDLlamaConfig"
     assert answer["config"] == config
 
 

@@ -26,7 +26,7 @@ class ServedFamily:
 FAMILIES = (
     ServedFamily(
         architecture="SPDLlamaForCausalLM",
-        config="megatron_spd.checkpoint.remote_code.configuration_spd_llama:SPDLlamaConfig",
+        config="megatron_spd.checkpoint.remote_code.configuration_spd:SPDLlamaConfig",
         model="megatron_spd.serving.vllm.llama:SPDLlamaForCausalLM",
     ),
 )

@@ -10,7 +10,7 @@ from megatron_spd.models.weights import from_megatron, shard_block, to_megatron,
 from tests.reference import Shape, random_block
 
 SHAPE = Shape(hidden=10, heads=12, kv_groups=6, head_dim=4, ffn=18)
-ALL = [t.name for t in LLAMA.megatron_tensors]
+ALL = [t.name for t in LLAMA.tables.megatron]
 BRANCH = [t.name for t in LLAMA.branch_tensors]
 
 
