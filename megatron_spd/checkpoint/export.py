@@ -60,13 +60,19 @@ def export(
             writer.add(reader.family.output_layer, reader.get(reader.family.output_layer))
         writer.close()
         copy_side_files(reader.folder, folder)
-        for file in _CONFIG_CLASS, _MODEL_CLASS:
-            shutil.copyfile(REMOTE_CODE / f"{file.split('.')[0]}.py", folder / f"{file.split('.')[0]}.py")
-        config = json.dumps(_config(reader, plan), indent=1, sort_keys=True) + "\n"
-        (folder / "config.json").write_text(config, encoding="utf-8")
+        write_spd_config(folder, spd_config(reader, plan))
 
 
-def _config(reader: CheckpointReader, plan: SPDPlan) -> dict[str, Any]:
+def write_spd_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write an export's ``config.json`` and the code that it points to."""
+    for file in _CONFIG_CLASS, _MODEL_CLASS:
+        shutil.copyfile(REMOTE_CODE / f"{file.split('.')[0]}.py", folder / f"{file.split('.')[0]}.py")
+    text = json.dumps(config, indent=1, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def spd_config(reader: CheckpointReader, plan: SPDPlan) -> dict[str, Any]:
+    """The ``config.json`` of an export of ``reader``'s model with ``plan``."""
     return reader.config | {
         "model_type": reader.family.spd_model_type,
         "architectures": [_MODEL_CLASS.split(".")[1]],
