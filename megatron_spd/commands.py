@@ -24,6 +24,7 @@ from megatron_spd.compensation import (
 from megatron_spd.config import (
     BenchOptions,
     CollectivesOptions,
+    ConvertOptions,
     CurveOptions,
     DistillOptions,
     EvaluateOptions,
@@ -383,6 +384,15 @@ def collectives(options: CollectivesOptions) -> dict[str, Any]:
     if out is not None and is_main:
         _write_json(out, result)
     return {**result, "text": messages_text(result)}
+
+
+def convert(options: ConvertOptions) -> dict[str, Any]:
+    """See ConvertOptions."""
+    from megatron_spd.converting import convert as convert_folder
+
+    result = convert_folder(options)
+    kind = "plain model" if result["branches"] is None else f"SPD model of {result['branches']} branches"
+    return {**result, "text": f"{kind} written to {result['output']} ({options.to_format})"}
 
 
 def _plain_model(folder: str) -> CheckpointReader:

@@ -16,6 +16,7 @@ from megatron_spd.options import (
     CommonOptions,
     DataOptions,
     DType,
+    Format,
     GroupingOptions,
     LinkOptions,
     ModelOptions,
@@ -332,6 +333,26 @@ class CollectivesOptions(LinkOptions):
         return message_sizes("messages", self.messages)
 
 
+@dataclass(kw_only=True)
+class ConvertOptions(CommonOptions):
+    """Turn a Hugging Face folder, a Megatron checkpoint or an SPD export into another of them, bytes unchanged."""
+
+    from_format: Format = option(
+        "what --input is: hf, megatron (torch_dist or mp_rank_XX) or spd", alias="--from"
+    )
+    to_format: Format = option("what to write: hf, megatron (torch_dist) or spd", alias="--to")
+    input: str = option("folder to read")
+    output: str = option("folder to write; it must not exist")
+    plan: str | None = option(
+        "plan that makes an SPD model of a plain one; one that only drops points and moves heads and neurons",
+        None,
+    )
+    hf_config: str | None = option(
+        "Hugging Face folder with the config.json and the tokenizer of a Megatron checkpoint that has none",
+        None,
+    )
+
+
 COMMANDS: dict[str, type[CommonOptions]] = {
     "prepare": PrepareOptions,
     "sensitivity": SensitivityOptions,
@@ -346,4 +367,5 @@ COMMANDS: dict[str, type[CommonOptions]] = {
     "curve": CurveOptions,
     "bench": BenchOptions,
     "collectives": CollectivesOptions,
+    "convert": ConvertOptions,
 }

@@ -21,6 +21,8 @@ INGREDIENTS = ("heads", "neurons", "shift", "norm", "refit")
 #: What the curve compares, by the names of ``--variants``; the last two are trained.
 VARIANTS = ("zero-shot", "shift", "heads", "neurons", "all", "b2b", "finish")
 DType = Literal["fp32", "bf16"]
+#: What a model can be converted from and to.
+Format = Literal["hf", "megatron", "spd"]
 
 #: Sets that a search measures where nothing else is said.
 SEARCH_BUDGET = 24
@@ -57,9 +59,11 @@ LIMITS: dict[str, tuple[float, float | None]] = {
 }
 
 
-def option(help: str, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field with the text that ``--help`` shows; required without a default."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(help: str, default: Any = dataclasses.MISSING, alias: str | None = None) -> Any:
+    """A dataclass field with the text that ``--help`` shows; required without a default. ``alias``: another flag for
+    it, where the flag that users know is no name that a field can have."""
+    metadata: dict[str, Any] = {"help": help}
+    return dataclasses.field(default=default, metadata=metadata | ({"aliases": [alias]} if alias else {}))
 
 
 @dataclass(kw_only=True)

@@ -91,9 +91,10 @@ def _config_file(argv: Sequence[str]) -> Path | None:
 def _file_flags(kind: type[CommonOptions], path: Path) -> list[str]:
     """The content of a config file as flags, so that one parser checks both."""
     names = [name for name in _names(kind) if name != "config"]
+    aliases = {a.lstrip("-"): f.name for f in dataclasses.fields(kind) for a in f.metadata.get("aliases", ())}
     flags = []
     for key, value in _read_config(path).items():
-        name = str(key).replace("-", "_")
+        name = aliases.get(str(key), str(key).replace("-", "_"))
         if name not in names:
             raise UserError(f"{path}: unknown key {key!r}; {_did_you_mean(name, names, str)}")
         if isinstance(value, (list, dict)):

@@ -57,13 +57,19 @@ def export(
                 writer.add(reader.family.block_name(block, name), tensor.to(dtype))
         writer.close()
         copy_side_files(reader.folder, folder)
-        for module in _CONFIG_MODULE, _MODEL_MODULE:
-            shutil.copyfile(REMOTE_CODE / f"{module}.py", folder / f"{module}.py")
-        config = json.dumps(_config(reader, plan), indent=1, sort_keys=True) + "\n"
-        (folder / "config.json").write_text(config, encoding="utf-8")
+        write_spd_config(folder, spd_config(reader, plan))
 
 
-def _config(reader: CheckpointReader, plan: SPDPlan) -> dict[str, Any]:
+def write_spd_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write an export's ``config.json`` and the code that it points to."""
+    for module in _CONFIG_MODULE, _MODEL_MODULE:
+        shutil.copyfile(REMOTE_CODE / f"{module}.py", folder / f"{module}.py")
+    text = json.dumps(config, indent=1, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def spd_config(reader: CheckpointReader, plan: SPDPlan) -> dict[str, Any]:
+    """The ``config.json`` of an export of ``reader``'s model with ``plan``."""
     family = reader.family
     model = f"SPD{family.classes}ForCausalLM"
     config = reader.config | {

@@ -47,6 +47,14 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
+def sampled(length: int) -> list[range]:
+    """The pieces of a tensor of ``length`` bytes that enter the fingerprint: offsets from its start."""
+    size = min(_SAMPLE_BYTES, length)
+    last = length - size
+    starts = (last * i // (_SAMPLE_PIECES - 1) for i in range(_SAMPLE_PIECES))
+    return [range(start, start + size) for start in starts]
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The parsed ``config.json`` of a model folder. Raises CheckpointError if there is none or it is not JSON."""
     if not folder.is_dir():
@@ -80,7 +88,7 @@ class CheckpointReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.config = read_config(self.folder)
+        self.config = self._read_config()
         self.family: ModelFamily = family_of(self.config.get("model_type"), str(self.folder))
         if self.config.get("quantization_config"):
             raise CheckpointError(f"{self.folder} is quantised; give the unquantised checkpoint")
@@ -138,10 +146,7 @@ class CheckpointReader:
         Raises CheckpointError for an unknown name and, with ``check_finite``, for NaN or infinity in it.
         """
         entry = self._entry(name)
-        if entry.file not in self._open_files:
-            self._open_files[entry.file] = safe_open(str(entry.file), "pt")
-        # The mapped tensor shares its memory with every other read of it through the same handle.
-        tensor = self._open_files[entry.file].get_tensor(name).clone()
+        tensor = self._load(name)
         if check_finite and not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
@@ -182,7 +187,7 @@ class CheckpointReader:
             for name in sorted(self._entries):
                 entry = self._entries[name]
                 digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
-                for piece in _sample(entry):
+                for piece in self._pieces(name):
                     digest.update(piece)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -200,6 +205,28 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.folder} has no tokenizer that transformers can load; add its tokenizer.json"
             ) from None
+
+    # ---- where it comes from: what a reader of another format replaces, beside `_read_entries` -----------------
+
+    def _read_config(self) -> dict[str, Any]:
+        return read_config(self.folder)
+
+    def _load(self, name: str) -> Tensor:
+        """A tensor in memory of its own, unchecked."""
+        file = self._entry(name).file
+        if file not in self._open_files:
+            self._open_files[file] = safe_open(str(file), "pt")
+        # The mapped tensor shares its memory with every other read of it through the same handle.
+        return self._open_files[file].get_tensor(name).clone()
+
+    def _pieces(self, name: str) -> list[bytes]:
+        """The parts of a tensor's bytes that enter the fingerprint."""
+        entry, pieces = self._entry(name), []
+        with entry.file.open("rb") as stream:
+            for piece in sampled(entry.end - entry.start):
+                stream.seek(entry.start + piece.start)
+                pieces.append(stream.read(len(piece)))
+        return pieces
 
     # ---- checks when opened -----------------------------------------------------------------------------------
 
@@ -373,17 +400,6 @@ class CheckpointReader:
         }
         # Settings that came with later families are named where they matter: fingerprints in older plans stay true.
         return identity if self.settings.window is None else identity | {"window": self.settings.window}
-
-
-def _sample(entry: TensorEntry) -> list[bytes]:
-    length = entry.end - entry.start
-    last = max(0, length - _SAMPLE_BYTES)
-    pieces = []
-    with entry.file.open("rb") as stream:
-        for i in range(_SAMPLE_PIECES):
-            stream.seek(entry.start + last * i // (_SAMPLE_PIECES - 1))
-            pieces.append(stream.read(min(_SAMPLE_BYTES, length)))
-    return pieces
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ LEVELS: list[set[str]] = [
     {"models"},
     {"checkpoint", "calibration"},
     {"sensitivity", "grouping", "distill", "evaluate", "latency", "serving"},
-    {"report", "stages", "compensation", "planning", "optimizing", "run_folder"},
+    {"report", "stages", "compensation", "planning", "optimizing", "converting", "run_folder"},
     {"pipeline", "curve", "curve_variants", "commands"},
     {"cli"},
 ]
@@ -31,7 +31,16 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 #: Who may import a framework.
 PLACES: dict[str, set[str]] = {
     "deepspeed": {"runtime", "distill"},
-    "megatron": {"runtime", "layers", "models", "calibration", "distill", "evaluate", "latency"},
+    "megatron": {
+        "runtime",
+        "layers",
+        "models",
+        "checkpoint",
+        "calibration",
+        "distill",
+        "evaluate",
+        "latency",
+    },
     "wandb": {"distill"},
     "lm_eval": {"evaluate"},
     "datasets": {"evaluate"},
