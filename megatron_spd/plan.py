@@ -83,6 +83,13 @@ def _as_index(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else -1
 
 
+def branches_of_rank(branches: int, rank: int, ranks: int) -> slice:
+    """Which of ``branches`` = G the ``rank``-th of ``ranks`` = M computes: G / M of them, or, for M > G, (a part of)
+    one."""
+    first = rank * branches // ranks
+    return slice(first, first + max(1, branches // ranks))
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """The dense model that a plan was made for.
@@ -113,6 +120,11 @@ class BaseModel:
                 f"a divisor of num_attention_heads = {self.num_attention_heads}",
             )
 
+    def divides(self, parts: int) -> bool:
+        """Whether heads, KV groups and neurons divide into ``parts`` equal parts."""
+        sizes = (self.num_attention_heads, self.num_key_value_heads, self.intermediate_size)
+        return not any(size % parts for size in sizes)
+
     def check_branches(self, branches: int) -> None:
         """Raise UserError unless heads, KV groups and neurons divide into ``branches`` equal parts."""
         for what, n in (
@@ -121,15 +133,10 @@ class BaseModel:
             ("MLP neurons", self.intermediate_size),
         ):
             if branches < 1 or n % branches:
-                fits = [g for g in range(1, self.num_key_value_heads + 1) if self._divides(g)]
+                fits = [g for g in range(1, self.num_key_value_heads + 1) if self.divides(g)]
                 raise UserError(
                     f"G = {branches} branches do not divide the model's {n} {what}; G may be one of {fits}"
                 )
-
-    def _divides(self, g: int) -> bool:
-        return not (
-            self.num_attention_heads % g or self.num_key_value_heads % g or self.intermediate_size % g
-        )
 
 
 @dataclass(frozen=True)
@@ -303,12 +310,24 @@ class SPDPlan:
         return len(self.sync_points) - len(self.dropped)
 
     def check_ranks(self, ranks: int) -> None:
-        """Raise UserError unless ``ranks`` is a case of method M = G or M < G, M divides G."""
-        if ranks < 1 or self.branches % ranks:
-            fits = [m for m in range(1, self.branches + 1) if self.branches % m == 0]
+        """Raise UserError unless ``ranks`` is a case of method section 8: M divides G, or G divides M and the heads and
+        neurons of a branch divide by its M / G ranks."""
+        if not self._fits(ranks):
+            base = self.base_model
+            most = max(self.branches, base.num_key_value_heads)
             raise UserError(
-                f"M = {ranks} ranks cannot run a plan of G = {self.branches} branches; M may be one of {fits}"
+                f"M = {ranks} ranks cannot run a plan of G = {self.branches} branches; M may be one of "
+                f"{[m for m in range(1, most + 1) if self._fits(m)]} (divisors of G, and its multiples that divide the "
+                f"{base.num_attention_heads} heads, {base.num_key_value_heads} key/value groups and "
+                f"{base.intermediate_size} neurons)"
             )
+
+    def _fits(self, ranks: int) -> bool:
+        if ranks < 1:
+            return False
+        if self.branches % ranks == 0:
+            return True
+        return ranks % self.branches == 0 and self.base_model.divides(ranks)
 
     def check_model(self, fingerprint: str, where: str) -> None:
         """Raise PlanError unless the model at ``where`` is the one this plan was made for."""

@@ -257,5 +257,5 @@ class _Pass:
     def _save_blocks(self, store: FinishStore) -> None:
         for block in blocks_to_finish(self.plan):
             layer = self.student.model.decoder.layers[block]
-            full = full_block(layer, self.names[block], self.streamer.shape, self.runtime)
+            full = full_block(layer, self.names[block], self.streamer.shape, self.plan.branches, self.runtime)
             store.save_block(block, full, self.runtime)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed import ProcessGroup
 
 from megatron_spd.collective import FULL
 from megatron_spd.errors import UserError
@@ -17,6 +19,7 @@ from megatron_spd.layers.block import SPDTransformerLayer
 from megatron_spd.layers.linear import BranchColumnParallelLinear, PartialRowParallelLinear
 from megatron_spd.layers.norm import HeadNorm
 from megatron_spd.plan import BlockSchedule, SPDPlan
+from megatron_spd.runtime.branch_groups import branch_process_group
 
 
 def get_gpt_layer_spd_spec(
@@ -25,9 +28,10 @@ def get_gpt_layer_spd_spec(
     """One layer spec per block of ``plan``: the stock spec where nothing is dropped, pending or low-bit, the
     SPD layer elsewhere.
 
-    ``config.tensor_model_parallel_size`` is M; each rank computes G / M branches. ``fused_attention``: with
-    :class:`FusedCausalAttention`, for evaluation and inference. Raises UserError for an M that does
-    not divide G, and for Megatron-core settings under which the rule is not implemented.
+    ``config.tensor_model_parallel_size`` is M; each rank computes G / M branches, or a part of one with the other ranks
+    of its branch (M > G: all ranks must call this, after Megatron-core's groups exist). ``fused_attention``: with
+    :class:`FusedCausalAttention`, for evaluation and inference. Raises UserError for an M that is no case of method
+    section 8, and for Megatron-core settings under which the rule is not implemented.
     """
     schedules = [plan.block_schedule(i) for i in range(plan.num_layers)]
     plan.check_ranks(config.tensor_model_parallel_size)
@@ -35,6 +39,7 @@ def get_gpt_layer_spd_spec(
         raise UserError(
             f"the config has num_layers = {config.num_layers}, the plan is for {plan.num_layers} blocks"
         )
+    _branch_group(config, plan.branches)  # made by all ranks, whichever blocks they have
     return block_submodules(config, schedules, fused_attention)
 
 
@@ -73,6 +78,13 @@ def _check_config(config: TransformerConfig) -> None:
             )
 
 
+def _branch_group(config: TransformerConfig, branches: int) -> ProcessGroup | None:
+    """The ranks of this rank's branch for M > G. Only there does the spec need process groups."""
+    if config.tensor_model_parallel_size <= branches:
+        return None
+    return branch_process_group(branches, parallel_state.get_tensor_model_parallel_group())
+
+
 def _stock_spec(config: TransformerConfig) -> ModuleSpec:
     stock = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     return (
@@ -92,7 +104,7 @@ def _with_attention(stock: ModuleSpec, **submodules: Any) -> ModuleSpec:
 
 
 def _spd_spec(config: TransformerConfig, stock: ModuleSpec, schedule: BlockSchedule) -> ModuleSpec:
-    branches = schedule.branches // config.tensor_model_parallel_size
+    branches = max(1, schedule.branches // config.tensor_model_parallel_size)
     # A single process keeps branches apart at a low-bit point too, to round them as G ranks would.
     alone = config.tensor_model_parallel_size == 1
     attention_apart = schedule.drop_attention or (alone and schedule.attention_collective != FULL)
@@ -113,6 +125,6 @@ def _spd_spec(config: TransformerConfig, stock: ModuleSpec, schedule: BlockSched
     )
     return ModuleSpec(
         module=SPDTransformerLayer,
-        params={"schedule": schedule},
+        params={"schedule": schedule, "branch_group": _branch_group(config, schedule.branches)},
         submodules=dataclasses.replace(stock.submodules, mlp=mlp),
     )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_spd.errors import UserError
+from megatron_spd.runtime.branch_groups import forget_branch_groups
 from megatron_spd.runtime.cpu import prepare_cpu_runtime
 
 #: Longest time in seconds that a rank waits in a collective before it gives up; set MEGATRON_SPD_TIMEOUT to change it.
@@ -105,6 +106,7 @@ def shutdown() -> None:
     """Leave the process groups, if joined."""
     if parallel_state.model_parallel_is_initialized():
         _close_model_parallel()
+    forget_branch_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -112,6 +114,7 @@ def shutdown() -> None:
 def _close_model_parallel() -> None:
     """Destroy Megatron-core's groups. It only forgets them, and each of some twenty keeps its threads running."""
     parallel_state.destroy_model_parallel()
+    forget_branch_groups()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

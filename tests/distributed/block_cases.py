@@ -176,7 +176,9 @@ def _full_grads(unit: BlockUnit, case: Case, runtime: Runtime) -> dict[str, Tens
                 _assert_same_on_all_ranks(f"{i}.{name}", tensor, runtime)
         shards: list[Any] = [None] * runtime.tp_size
         dist.all_gather_object(shards, shard, group=runtime.tp_group)
-        full |= {f"{i}.{n}": t for n, t in unshard_block(shards, LLAMA).items()}
+        for name in filter(lambda n: LLAMA.tensor(n).unit == "branch", shard):
+            _assert_same_inside_branches(f"{i}.{name}", [s[name] for s in shards], case.branches)
+        full |= {f"{i}.{n}": t for n, t in unshard_block(shards, LLAMA, case.branches).items()}
     return full
 
 
@@ -197,3 +199,12 @@ def _assert_same_on_all_ranks(name: str, tensor: Tensor, runtime: Runtime) -> No
     for rank, other in enumerate(others):
         # Replicas that differ drift apart under an optimizer.
         assert torch.equal(other, tensor), f"{name} differs between rank {rank} and {runtime.tp_rank}"
+
+
+def _assert_same_inside_branches(name: str, shards: list[Tensor], branches: int) -> None:
+    copies = max(1, len(shards) // branches)
+    for rank, shard in enumerate(shards):
+        first = rank - rank % copies
+        assert torch.equal(shard, shards[first]), (
+            f"{name} differs between ranks {first} and {rank} of a branch"
+        )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_spd.collective import FULL, NONE
 from megatron_spd.errors import PlanError, UserError
-from megatron_spd.plan import PLAN_VERSION, RECOVERIES, TIERS, BaseModel, BlockPlan, SPDPlan
+from megatron_spd.plan import PLAN_VERSION, RECOVERIES, TIERS, BaseModel, BlockPlan, SPDPlan, branches_of_rank
 
 BASE = BaseModel("f" * 64, "llama", 4, 24, 6, 3, 12)
 
@@ -321,6 +321,32 @@ def test_ranks_that_fit_no_case(ranks):
         UserError, match=rf"M = {ranks} ranks .* G = 6 branches; M may be one of \[1, 2, 3, 6\]"
     ):
         plan_with(base=base, branches=6).check_ranks(ranks)
+
+
+def test_branches_that_divide_the_ranks():
+    base = dataclasses.replace(BASE, num_attention_heads=8, num_key_value_heads=8, intermediate_size=24)
+    plan = plan_with(base=base, branches=2)
+    for ranks in (1, 2, 4, 8):
+        plan.check_ranks(ranks)
+    # 6 divides neither heads nor G; 16 is more than there are key/value groups.
+    for ranks in (3, 6, 16):
+        with pytest.raises(
+            UserError, match=r"may be one of \[1, 2, 4, 8\] .* 8 heads, 8 key/value groups and 24"
+        ):
+            plan.check_ranks(ranks)
+
+
+@pytest.mark.parametrize(
+    ("branches", "ranks", "wanted"),
+    [
+        (6, 2, [range(0, 3), range(3, 6)]),
+        (2, 2, [range(1), range(1, 2)]),
+        (2, 4, [*2 * [range(1)], *2 * [range(1, 2)]]),
+    ],
+)
+def test_branches_of_a_rank(branches, ranks, wanted):
+    slices = [branches_of_rank(branches, rank, ranks) for rank in range(ranks)]
+    assert [range(s.start, s.stop) for s in slices] == wanted
 
 
 def test_a_plan_of_another_model():
