@@ -171,8 +171,8 @@ def test_megatron_model_is_the_formula(folders: Folders, case: str, branches: in
     assert_close(got, wanted(case, folder), MEGATRON_BOUND)
 
 
-def megatron_logits(folder: Path, ranks: int) -> Tensor:
-    """Logits of the plain or exported model in ``folder`` in float32, every block's core attention the stock one."""
+def megatron_logits(folder: Path, ranks: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Logits of the plain or exported model in ``folder``, every block's core attention the stock one."""
     runtime, reader = initialize(ranks), CheckpointReader(folder)
     plan = reader.plan or SPDPlan.dense(reader.base_model(), ranks)
     model = build_gpt_model(
@@ -189,6 +189,16 @@ def test_logits_are_those_of_transformers(folders: Folders, case: str, ranks: in
         expected = load_for_generation(folder)(token_ids(40)).logits
         got = run_ranks(ranks, megatron_logits, folder, ranks)[0]
         assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["opt", "qwen3", "mistral with a window"])
+def test_bf16_error_is_at_most_twice_that_of_transformers(folders: Folders, case: str) -> None:
+    folder = folders.export(case, 2)
+    exact = load_for_generation(folder, torch.float64)(token_ids(40)).logits
+    allowed = 2 * relative_error(load_for_generation(folder, torch.bfloat16)(token_ids(40)).logits, exact)
+    got = run_ranks(2, megatron_logits, folder, 2, torch.bfloat16)[0]
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got, exact) <= allowed
 
 
 def greedy(folder: Path, prompts: Tensor, count: int) -> Tensor:
