@@ -175,9 +175,7 @@ def megatron_logits(folder: Path, ranks: int, dtype: torch.dtype = torch.float32
     """Logits of the plain or exported model in ``folder``, every block's core attention the stock one."""
     runtime, reader = initialize(ranks), CheckpointReader(folder)
     plan = reader.plan or SPDPlan.dense(reader.base_model(), ranks)
-    model = build_gpt_model(
-        model_shape(reader), plan, reader.block, reader.get, runtime, torch.float32
-    ).eval()
+    model = build_gpt_model(model_shape(reader), plan, reader.block, reader.get, runtime, dtype).eval()
     with torch.no_grad():
         return full_logits(model, token_ids(40))
 
