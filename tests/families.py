@@ -56,10 +56,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-def make_model(case: str, folder: Path, seed: int = 0) -> Path:
-    """Write the random model of ``case`` to ``folder`` as transformers would, with a tokenizer."""
-    model = AutoModelForCausalLM.from_config(CONFIGS[case])
-    randomise_(model, seed)
+def make_model(case: str, folder: Path, **changes: Any) -> Path:
+    """Write the random model of ``case``, with ``changes`` to its config, to ``folder`` as transformers would, with a
+    tokenizer."""
+    config = CONFIGS[case]
+    model = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict() | changes))
+    randomise_(model, seed=0)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

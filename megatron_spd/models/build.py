@@ -150,7 +150,7 @@ class BlockUnit(nn.Module):
         spec = block_submodules(config, list(schedules), fused_attention)
         self.blocks = TransformerBlock(config=config, spec=spec, post_layer_norm=False)
         mark_tensor_parallel(self)
-        self.to(runtime.device, dtype)  # Megatron-core makes norms in float32 whatever the dtype
+        _place(self, runtime.device, dtype)
         self._rotary = [make_rotary(shape, runtime.device)]  # in a list: not a submodule, has no weights
         self._masks: dict[int, tuple[Tensor, Tensor | None]] = {}
 
@@ -209,6 +209,15 @@ def refer_to(layer: nn.Module, state: Weights) -> None:
         parameter.data = state[name]
 
 
+def _place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move ``module`` to ``device``. Megatron-core makes norms and learned positions in float32 whatever the dtype;
+    PyTorch's LayerNorm wants the dtype of its input, and positions are added to embeddings."""
+    module.to(device)
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm | nn.Embedding):
+            part.to(dtype)
+
+
 def mark_tensor_parallel(module: nn.Module) -> None:
     """Set the attributes by which Megatron-core and DeepSpeed know a sharded parameter (gradient norms count
     it on every rank). Megatron-core sets them only when it initialises weights itself, which a loaded model
@@ -255,7 +264,7 @@ def build_gpt_model(
         position_embedding_type="rope" if family.positions is None else "learned_absolute",
     )
     mark_tensor_parallel(model)
-    model.to(runtime.device, dtype)
+    _place(model, runtime.device, dtype)
     embedding = _vocabulary_shard(tensor(family.embedding), vocab, runtime)
     model.embedding.word_embeddings.weight.data.copy_(embedding)
     if not tied:

@@ -1,0 +1,32 @@
+"""Every family but Llama, which the other files are about: vLLM's tokens are those of the export in transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.families import make_model
+from tests.models import make_export
+from tests.serving.cases import NEW
+from tests.serving.processes import NEEDS_VLLM, generate, transformers_tokens
+
+pytestmark = NEEDS_VLLM
+
+#: vLLM's attention on a CPU takes heads of 32 channels.
+SIZES = {"opt": {"hidden_size": 256, "word_embed_proj_dim": 256}}
+PROMPTS = [[5, 17, 100, 42, 9], [250], list(range(30, 85))]
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("mistral with a window", "qwen2")]
+
+
+@pytest.mark.parametrize("case", ["opt", "qwen3 with biases", *SLOW])
+def test_two_branches_on_each_of_two_ranks(tmp_path: Path, case: str) -> None:
+    base = make_model(
+        case, tmp_path / "plain", **SIZES.get(case, {"head_dim": 32}), max_position_embeddings=256
+    )
+    model = make_export(
+        base, tmp_path / "spd", 4, [0, 2, 3, 5], shifts=[(0, "mlp")], norms=[(2, "attention")]
+    )
+    expected = transformers_tokens(model, PROMPTS, NEW)
+    assert expected != transformers_tokens(base, PROMPTS, NEW)
+    assert generate(model, 2, [PROMPTS], NEW, tmp_path)["tokens"] == [expected]
