@@ -117,7 +117,7 @@ def randomise_(model: torch.nn.Module, seed: int) -> None:
             elif parameter.dim() == 1:
                 noise = 0.3 * noise
             elif "embed" not in name:
-                noise = 1.5 * parameter.shape[1] ** -0.5 * noise
+                noise = 1.5 * parameter.shape[-1] ** -0.5 * noise
             parameter.copy_(noise)
 
 

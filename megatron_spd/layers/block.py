@@ -20,6 +20,7 @@ Between layers inside a segment the gradient of ``hidden_states`` is a partial s
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -31,12 +32,16 @@ from torch import Tensor, nn
 
 from megatron_spd.collective import CollectiveFormat, low_bit_format
 from megatron_spd.comm.autograd import enter_segment, leave_segment, share_parameters, sum_low_bit
+from megatron_spd.layers.moe import BranchMoE
 from megatron_spd.plan import BlockSchedule
 
 Sublayer = Literal["attention", "mlp"]
 
 #: The norm in front of each sublayer.
 _NORMS: dict[Sublayer, str] = {"attention": "input_layernorm", "mlp": "pre_mlp_layernorm"}
+
+#: The router's weight among shared parameters. It weighs partial sums: every rank's gradient of it is another.
+_ROUTER = "mlp/router"
 
 #: Keyword arguments of the layer that belong to its self attention.
 _ATTENTION_ARGUMENTS = (
@@ -74,7 +79,7 @@ class SPDTransformerLayer(TransformerLayer):
         if not wanted:
             return None
         size = (self.schedule.branches // self.tp_group.size(), self.config.hidden_size)
-        vectors = nn.Parameter(self.mlp.linear_fc2.weight.new_full(size, value))
+        vectors = nn.Parameter(self.self_attention.linear_proj.weight.new_full(size, value))
         set_tensor_model_parallel_attributes(vectors, True, 0, 1)
         return vectors
 
@@ -97,7 +102,8 @@ class SPDTransformerLayer(TransformerLayer):
             )
 
         x, pending = self._sublayer("attention", attention, shared, hidden_states, context)
-        return self._sublayer("mlp", self.mlp, shared, x, pending)
+        mlp = self.mlp if _ROUTER not in shared else partial(self.mlp, router_weight=shared[_ROUTER])
+        return self._sublayer("mlp", mlp, shared, x, pending)
 
     def _shared_parameters(self) -> dict[str, Tensor]:
         """Replicated parameters that every rank uses in another function, by name, ready for such use."""
@@ -108,7 +114,9 @@ class SPDTransformerLayer(TransformerLayer):
         }
         if self.schedule.drop_attention and self.self_attention.linear_proj.bias is not None:
             named["attention/output_bias"] = self.self_attention.linear_proj.bias
-        if self.schedule.drop_mlp and self.mlp.linear_fc2.bias is not None:
+        if isinstance(self.mlp, BranchMoE):
+            named[_ROUTER] = self.mlp.router.weight
+        elif self.schedule.drop_mlp and self.mlp.linear_fc2.bias is not None:
             named["mlp/output_bias"] = self.mlp.linear_fc2.bias
         return dict(zip(named, share_parameters(list(named.values()), self.tp_group), strict=True))
 
