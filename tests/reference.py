@@ -19,10 +19,10 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """hidden h, query heads, key/value groups, head size, MLP neurons (of an expert); ``gated``: SwiGLU, else the
-    activation of ``up``; ``rope_theta`` None: no rotary embedding; ``window``: keys that a query sees, its own included;
-    ``experts``, of which ``chosen`` run for each token, their weights ``renormalised`` to a sum of 1, by the first
-    branch's choice for all under ``one_router``."""
+    """hidden h, query heads, key/value groups, head size, MLP neurons (of one expert); ``gated``: SwiGLU, else the
+    activation of ``up``; ``rope_theta`` None: no rotary embedding; ``window``: keys that a query sees, its own
+    included; ``experts``, of which ``chosen`` run for each token, their weights ``renormalised`` to a sum of 1;
+    ``one_router``: by the first branch's choice for all."""
 
     hidden: int
     heads: int

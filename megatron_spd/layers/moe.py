@@ -33,12 +33,15 @@ def unsupported_expert_settings(config: TransformerConfig) -> dict[str, bool]:
     """What a config with experts may ask for and this sublayer does not do, by name; True where it is asked for."""
     if config.num_moe_experts is None:
         return {}
-    losses = config.moe_router_load_balancing_type != "none" or config.moe_z_loss_coeff is not None
+    coefficients = config.moe_aux_loss_coeff
+    losses = any(coefficients) if isinstance(coefficients, list) else bool(coefficients)
     return {
         "expert_model_parallel_size > 1": config.expert_model_parallel_size > 1,
         "moe_shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size is not None,
         "moe_layer_freq other than 1": config.moe_layer_freq != 1,
-        "losses of the router": losses,
+        "moe_aux_loss_coeff": losses,
+        "moe_z_loss_coeff": config.moe_z_loss_coeff is not None,
+        "moe_router_load_balancing_type 'sinkhorn'": config.moe_router_load_balancing_type == "sinkhorn",
         "moe_expert_capacity_factor": config.moe_expert_capacity_factor is not None,
         "moe_input_jitter_eps": config.moe_input_jitter_eps is not None,
         "moe_router_score_function other than softmax": config.moe_router_score_function != "softmax",
@@ -99,7 +102,8 @@ class BranchMoE(MegatronModule):
         ``one_router``."""
         if not self.one_router:
             return [self.router(z, weight) for z in inputs]
-        return [broadcast_routing(*self.router(inputs[0], weight), self.tp_group)]
+        weights, experts = self.router(inputs[0], weight)
+        return [broadcast_routing(weights, experts, self.tp_group)]
 
     def _branch(self, g: int, z: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """What the rank's branch ``g`` adds for ``z`` [t, h]: [t, h]."""

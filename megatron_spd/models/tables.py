@@ -32,6 +32,10 @@ class HFTensor:
     needs: Bias | None = None
     size: Literal["hidden", "head"] = "hidden"
 
+    def of_expert(self, number: int) -> HFTensor:
+        """The entry for one expert."""
+        return replace(self, name=self.name.format(number))
+
 
 @dataclass(frozen=True)
 class MegatronTensor:
@@ -41,6 +45,11 @@ class MegatronTensor:
     name: str
     sources: tuple[str, ...]
     layout: Layout = "copy"
+
+    def of_expert(self, number: int) -> MegatronTensor:
+        """The entry for one expert."""
+        sources = tuple(source.format(number) for source in self.sources)
+        return replace(self, name=self.name.format(number), sources=sources)
 
 
 @dataclass(frozen=True)
@@ -94,15 +103,8 @@ _Entry = TypeVar("_Entry", HFTensor, MegatronTensor)
 
 def _written_out(entries: tuple[_Entry, ...], numbers: tuple[int, ...]) -> tuple[_Entry, ...]:
     return tuple(
-        _of_expert(entry, number) for entry in entries for number in (numbers if "{}" in entry.name else (0,))
+        entry.of_expert(number) for entry in entries for number in (numbers if "{}" in entry.name else (0,))
     )
-
-
-def _of_expert(entry: _Entry, number: int) -> _Entry:
-    name = entry.name.format(number)
-    if isinstance(entry, MegatronTensor):
-        return replace(entry, name=name, sources=tuple(source.format(number) for source in entry.sources))
-    return replace(entry, name=name)
 
 
 def block_tables(
