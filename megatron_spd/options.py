@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megatron_spd.collective import FULL, CollectiveFormat
 from megatron_spd.errors import UserError
+from megatron_spd.plan import Routing
 
 SyncPoints = Literal["attention", "mlp", "any"]
 Recovery = Literal["zs", "paper", "grouped", "full"]
@@ -168,6 +169,11 @@ class SelectionOptions(CollectiveOptions):
         "zs: drop only; paper: tiers with distillation and head grouping; grouped: heads and neurons grouped, inputs "
         "compensated, no training; full: grouped, distilled and finished",
         "full",
+    )
+    routing: Routing = option(
+        "of a model with experts. branch: every branch chooses a token's experts by its own view of the hidden state; "
+        "first: the first branch chooses for all, which sends a little behind a dropped attention point",
+        "branch",
     )
     search_budget: int | None = option(
         "sets of points that the search may measure; 0: choose by single points alone; default: 24, or 0 for the "

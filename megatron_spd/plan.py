@@ -16,7 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from megatron_spd.collective import EXPECTED, FULL, NONE, CollectiveFormat, low_bit_format
 from megatron_spd.errors import PlanError, UserError
@@ -30,6 +30,10 @@ READABLE_VERSIONS = (1, 2)
 TIERS = ("", "ISB", "SB", "ESB")
 #: How a block was recovered; "" for a block in which nothing is dropped.
 RECOVERIES = ("", "zs", "b2b", "hg+b2b", "grouped", "grouped+b2b")
+
+#: Whose view of the hidden state decides on a token's experts: each branch's own, or that of the first branch for all.
+Routing = Literal["branch", "first"]
+ROUTINGS: tuple[Routing, ...] = ("branch", "first")
 
 #: Fields of a block's plan that say which vectors by branch it has.
 BRANCH_FLAGS = ("attention_shift", "mlp_shift", "attention_norm", "mlp_norm")
@@ -179,7 +183,7 @@ class BlockSchedule:
     ``drop_attention`` / ``drop_mlp``: the block's own points. ``branches``: G.
     ``attention_shift`` / ``mlp_shift``: there is a shift at that sublayer's input. ``attention_norm`` / ``mlp_norm``:
     that sublayer's norm has a weight and a bias for every branch. ``attention_collective`` / ``mlp_collective``: what
-    runs at a kept point, "full" or a low-bit format ("full" for a dropped one).
+    runs at a kept point, "full" or a low-bit format ("full" for a dropped one). ``routing``: of a block with experts.
     """
 
     branches: int
@@ -192,12 +196,18 @@ class BlockSchedule:
     mlp_norm: bool = False
     attention_collective: str = FULL
     mlp_collective: str = FULL
+    routing: Routing = "branch"
+
+    @property
+    def mlp_inputs_differ(self) -> bool:
+        """Whether branches see different inputs of the MLP."""
+        return self.drop_attention or self.mlp_shift or self.mlp_norm
 
     @property
     def is_stock(self) -> bool:
         """Nothing dropped, pending, low-bit or different for each branch: the stock tensor-parallel block computes
         it."""
-        return self == BlockSchedule(self.branches)
+        return self == BlockSchedule(self.branches, routing=self.routing)
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,10 @@ class SPDPlan:
     """A whole plan. ``sync_points`` has 2L entries: "none" (the point is dropped), "full", or a low-bit format (see
     ``collective.py``); ``blocks`` has L.
 
-    ``provenance`` is free JSON: data, tokens, seed, package versions, measured figures.
+    ``provenance`` is free JSON: data, tokens, seed, package versions, measured figures. ``routing``: in a model with
+    experts, whether each branch chooses a token's experts by its own view of the hidden state ("branch"), or the first
+    branch chooses for all ("first"). Plans from before there was a choice lack the field, and so do those that do not
+    use it.
     """
 
     base_model: BaseModel
@@ -214,6 +227,7 @@ class SPDPlan:
     blocks: list[BlockPlan]
     provenance: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
+    routing: Routing = "branch"
 
     # ---- making one -------------------------------------------------------------------------------------------
 
@@ -286,6 +300,7 @@ class SPDPlan:
             mlp_norm=extra.mlp_norm,
             attention_collective=low_bit.get(2 * block, FULL),
             mlp_collective=low_bit.get(2 * block + 1, FULL),
+            routing=self.routing,
         )
 
     def units(self) -> list[range]:
@@ -357,9 +372,12 @@ class SPDPlan:
             block.validate(f"blocks[{i}]", self.base_model)
         if not isinstance(self.provenance, dict):
             _fail("provenance", self.provenance, "an object")
+        if self.routing not in ROUTINGS:
+            _fail("routing", self.routing, f"one of {list(ROUTINGS)}")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return fields if self.routing != "branch" else {k: v for k, v in fields.items() if k != "routing"}
 
     @classmethod
     def from_dict(cls, raw: Any) -> SPDPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,18 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from megatron_spd.checkpoint.hf import CheckpointReader
+from megatron_spd.models.family import ModelFamily
+from megatron_spd.models.tables import expert_number
 from tests.models import LLAMA3_ROPE, VOCABULARY, randomise_, tiny_tokenizer
 from tests.reference import Shape, Weights, model_logits
 
@@ -34,6 +40,7 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 2,
 }
 _GATED = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 4, "head_dim": 8}
+_EXPERTS = {"num_experts_per_tok": 2, "initializer_range": 0.3}
 _WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
 
 #: Names of cases and the configs of their models; the first word is the family.
@@ -53,6 +60,18 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "opt without biases": OPTConfig(
         **{**_SIZES, "hidden_size": 64}, ffn_dim=48, dropout=0.0, enable_bias=False
     ),
+    "mixtral": MixtralConfig(**_GATED, **_EXPERTS, num_local_experts=5),
+    "mixtral with a window": MixtralConfig(**_GATED, **_EXPERTS, num_local_experts=5, sliding_window=5),
+    "qwen3_moe": Qwen3MoeConfig(
+        **(_GATED | {"intermediate_size": 7}), **_EXPERTS, num_experts=4, moe_intermediate_size=24
+    ),
+    "qwen3_moe renormalised": Qwen3MoeConfig(
+        **(_GATED | {"intermediate_size": 7}),
+        **(_EXPERTS | {"num_experts_per_tok": 3}),
+        num_experts=4,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+    ),
 }
 
 
@@ -67,6 +86,26 @@ def make_model(case: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def stored_tensor(
+    model: PreTrainedModel, family: ModelFamily, block: int, name: str
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers' model has for a block-relative name, and its gradient: parameters, or parts of those in which
+    it joins all experts (gate and up one after the other)."""
+    own = dict(model.named_parameters())
+    number = expert_number(name)
+    if number is None:
+        full = f"model.layers.{block}.{name}" if family.tables.experts else family.block_name(block, name)
+        return own[full], own[full].grad
+    joined = "down_proj" if "down_proj" in name else "gate_up_proj"
+    parameter = own[f"model.layers.{block}.mlp.experts.{joined}"]
+    half = {"gate_proj": 0, "up_proj": 1}.get(name.split(".")[-2])
+
+    def part(t: Tensor) -> Tensor:
+        return t[number] if half is None else t[number].chunk(2)[half]
+
+    return part(parameter), None if parameter.grad is None else part(parameter.grad)
+
+
 def shape_of(case: str) -> Shape:
     """The formula's settings, read from the config by hand. Raises KeyError for a rope scaling, which it lacks."""
     config = CONFIGS[case]
@@ -74,24 +113,34 @@ def shape_of(case: str) -> Shape:
     rope = None if opt else config.rope_parameters
     if rope is not None and rope["rope_type"] != "default":
         raise KeyError(case)
+    ffn = next(
+        getattr(config, n)
+        for n in ("moe_intermediate_size", "ffn_dim", "intermediate_size")
+        if hasattr(config, n)
+    )
     return Shape(
         config.hidden_size,
         config.num_attention_heads,
         config.num_attention_heads if opt else config.num_key_value_heads,
         config.hidden_size // config.num_attention_heads if opt else config.head_dim,
-        config.ffn_dim if opt else config.intermediate_size,
+        ffn,
         gated=not opt,
         eps=1e-5 if opt else config.rms_norm_eps,
         rope_theta=None if rope is None else rope["rope_theta"],
         layer_norm=opt,
         activation="relu" if opt else "silu",
         window=window,
-        qk_norm=isinstance(config, Qwen3Config),
+        qk_norm=isinstance(config, Qwen3Config | Qwen3MoeConfig),
+        experts=getattr(config, "num_experts", 0),
+        chosen=getattr(config, "num_experts_per_tok", 0),
+        renormalised=getattr(config, "norm_topk_prob", True),
     )
 
 
 #: The cases that the plain formula covers.
 COVERED = [case for case in CONFIGS if "rope" not in case]
+#: Those with experts.
+EXPERTS = [case for case in CONFIGS if "mixtral" in case or "moe" in case]
 
 
 class Formula:
@@ -102,7 +151,9 @@ class Formula:
 
     def __init__(self, case: str, folder: Path) -> None:
         reader = CheckpointReader(folder)
-        self.shape, plan = shape_of(case), reader.plan
+        plan = reader.plan
+        one_router = plan is not None and plan.routing == "first"
+        self.shape = dataclasses.replace(shape_of(case), one_router=one_router)
         self.branches, self.dropped = (plan.branches, plan.dropped) if plan is not None else (1, [])
         family = reader.family
         names = {"embedding.weight": family.embedding, "norm.weight": family.final_norm}

@@ -19,8 +19,10 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """hidden h, query heads, key/value groups, head size, MLP neurons; ``gated``: SwiGLU, else the activation of
-    ``up``; ``rope_theta`` None: no rotary embedding; ``window``: keys that a query sees, its own included."""
+    """hidden h, query heads, key/value groups, head size, MLP neurons (of one expert); ``gated``: SwiGLU, else the
+    activation of ``up``; ``rope_theta`` None: no rotary embedding; ``window``: keys that a query sees, its own
+    included; ``experts``, of which ``chosen`` run for each token, their weights ``renormalised`` to a sum of 1;
+    ``one_router``: by the first branch's choice for all."""
 
     hidden: int
     heads: int
@@ -34,6 +36,10 @@ class Shape:
     activation: str = "silu"
     window: int | None = None
     qk_norm: bool = False
+    experts: int = 0
+    chosen: int = 0
+    renormalised: bool = True
+    one_router: bool = False
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -85,14 +91,33 @@ def attention_branch(z: Tensor, w: Weights, shape: Shape, g: int, branches: int)
     return context @ w["self_attn.o_proj.weight"][:, q_rows].T
 
 
-def mlp_branch(z: Tensor, w: Weights, shape: Shape, g: int, branches: int) -> Tensor:
-    """Partial MLP output of branch ``g`` without down_proj's bias: [s, b, h]."""
+def routing(z: Tensor, w: Weights, shape: Shape) -> Tensor:
+    """Weight of every expert, 0 for those not chosen: z [s, b, h] -> [s, b, experts]."""
+    probabilities = _linear(z, w, "mlp.gate").softmax(-1)
+    chosen = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(shape.chosen, -1).indices, 1.0)
+    weights = probabilities * chosen
+    return weights / weights.sum(-1, keepdim=True) if shape.renormalised else weights
+
+
+def mlp_branch(
+    z: Tensor, w: Weights, shape: Shape, g: int, branches: int, routed_by: Tensor | None = None
+) -> Tensor:
+    """Partial MLP output of branch ``g`` without down_proj's bias: [s, b, h]. ``routed_by``: what the router sees, if
+    not ``z``."""
+    if not shape.experts:
+        return _expert(z, w, "mlp", shape, g, branches)
+    weights = routing(z if routed_by is None else routed_by, w, shape)
+    parts = [_expert(z, w, f"mlp.experts.{e}", shape, g, branches) for e in range(shape.experts)]
+    return sum(weights[..., e, None] * part for e, part in enumerate(parts))
+
+
+def _expert(z: Tensor, w: Weights, name: str, shape: Shape, g: int, branches: int) -> Tensor:
     n = shape.ffn // branches
     rows = slice(g * n, (g + 1) * n)
     activation = getattr(torch.nn.functional, shape.activation)
-    up = _linear(z, w, "mlp.up_proj", rows)
-    act = activation(_linear(z, w, "mlp.gate_proj", rows)) * up if shape.gated else activation(up)
-    return act @ w["mlp.down_proj.weight"][:, rows].T
+    up = _linear(z, w, f"{name}.up_proj", rows)
+    act = activation(_linear(z, w, f"{name}.gate_proj", rows)) * up if shape.gated else activation(up)
+    return act @ w[f"{name}.down_proj.weight"][:, rows].T
 
 
 def _split(parts: Sequence[Tensor], count: int) -> list[Sequence[Tensor]]:
@@ -159,13 +184,17 @@ def blocks_forward(
         shift = w.get(f"{prefix}.spd_shift")
         norm_weight, norm_bias = w.get(f"{prefix}.spd_norm_weight"), w.get(f"{prefix}.spd_norm_bias")
         mask = masks[p] if masks is not None else None
-        sublayer = attention_branch if is_attention else mlp_branch
+        first: Tensor | None = None
         for g in range(branches):
             z = x + pending[g] if shift is None else x + pending[g] + shift[g]
             z = norm(z, w, norm_name, shape)
             if norm_weight is not None and norm_bias is not None:
                 z = z * norm_weight[g] + norm_bias[g]
-            out = sublayer(z, w, shape, g, branches)
+            if is_attention:
+                out = attention_branch(z, w, shape, g, branches)
+            else:
+                first = z if first is None else first
+                out = mlp_branch(z, w, shape, g, branches, first if shape.one_router else None)
             pending[g] = pending[g] + (out if mask is None else out * mask)
         if bias is not None:
             x = x + (bias if mask is None else bias * mask)

@@ -5,6 +5,7 @@ Weights are memory-mapped, so that a reader of a 70B model holds no more than th
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -325,6 +326,9 @@ class CheckpointReader:
 
     def _expected_shape(self, entry: HFTensor) -> tuple[int, ...]:
         other = self.hidden_size if entry.size == "hidden" else self.head_dim
+        experts = self.settings.experts
+        if entry.unit == "expert" and experts is not None:
+            return (experts.count, other)
         if entry.dim is None or entry.unit is None:
             return (other,)
         sizes = {
@@ -399,7 +403,11 @@ class CheckpointReader:
             "spd_plan": None if self.plan is None else self.plan.to_dict(),
         }
         # Settings that came with later families are named where they matter: fingerprints in older plans stay true.
-        return identity if self.settings.window is None else identity | {"window": self.settings.window}
+        if self.settings.window is not None:
+            identity["window"] = self.settings.window
+        if self.settings.experts is not None:
+            identity["experts"] = dataclasses.asdict(self.settings.experts)
+        return identity
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

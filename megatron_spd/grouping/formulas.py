@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_spd.errors import UserError
 from megatron_spd.models.build import ModelShape, inverse_frequencies
 from megatron_spd.models.family import Activation
 from megatron_spd.models.norm import Norm, NormKind
 from megatron_spd.plan import BaseModel
 
+#: Why a model with experts is not calibrated, for its ``model_type``.
+CALIBRATION_REFUSED = (
+    "calibration and head grouping look at the neurons of one MLP, and a {} block has several; use --recovery zs, or "
+    "paper (which distils, without head grouping)"
+)
 #: Attention probabilities held at a time, in elements (256 MiB in float32).
 _CHUNK_ELEMENTS = 2**26
 
@@ -37,8 +43,10 @@ class AttentionSettings:
 
     @classmethod
     def of(cls, shape: ModelShape) -> AttentionSettings:
-        """Those of a model. Raises UserError for a rotary scaling without a counterpart here."""
+        """Those of a model. Raises UserError for a rotary scaling without a counterpart here, and for experts."""
         family, settings = shape.family, shape.settings
+        if settings.experts is not None:
+            raise UserError(CALIBRATION_REFUSED.format(family.model_type))
         inv_freq = inverse_frequencies(shape) if family.positions is None else None
         return cls(
             shape.head_dim, inv_freq, settings.norm_eps, family.norm, family.activation, settings.window

@@ -21,6 +21,7 @@ Between layers inside a segment the gradient of ``hidden_states`` is a partial s
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,12 +36,16 @@ from torch.distributed import ProcessGroup
 from megatron_spd.collective import CollectiveFormat, low_bit_format
 from megatron_spd.comm.autograd import enter_segment, leave_segment, share_parameters, sum_low_bit
 from megatron_spd.comm.branches import BranchShare
+from megatron_spd.layers.moe import BranchMoE
 from megatron_spd.plan import BlockSchedule
 
 Sublayer = Literal["attention", "mlp"]
 
 #: The norm in front of each sublayer.
 _NORMS: dict[Sublayer, str] = {"attention": "input_layernorm", "mlp": "pre_mlp_layernorm"}
+
+#: The router's weight among shared parameters. It weighs partial sums: every rank's gradient of it is another.
+_ROUTER = "mlp/router"
 
 #: Keyword arguments of the layer that belong to its self attention.
 _ATTENTION_ARGUMENTS = (
@@ -83,7 +88,7 @@ class SPDTransformerLayer(TransformerLayer):
         if not wanted:
             return None
         size = (self.share.local, self.config.hidden_size)
-        vectors = nn.Parameter(self.mlp.linear_fc2.weight.new_full(size, value))
+        vectors = nn.Parameter(self.self_attention.linear_proj.weight.new_full(size, value))
         # Gradient norms count such a parameter on every rank, any other on the first: once for each branch.
         set_tensor_model_parallel_attributes(vectors, self.share.leads, 0, 1)
         return vectors
@@ -107,7 +112,8 @@ class SPDTransformerLayer(TransformerLayer):
             )
 
         x, pending = self._sublayer("attention", attention, shared, hidden_states, context)
-        return self._sublayer("mlp", self.mlp, shared, x, pending)
+        mlp = self.mlp if _ROUTER not in shared else partial(self.mlp, router_weight=shared[_ROUTER])
+        return self._sublayer("mlp", mlp, shared, x, pending)
 
     def _shared_parameters(self) -> dict[str, Tensor]:
         """Parameters that several ranks hold and each uses in another function, by name, ready for such use."""
@@ -118,7 +124,9 @@ class SPDTransformerLayer(TransformerLayer):
         }
         if self.schedule.drop_attention and self.self_attention.linear_proj.bias is not None:
             named["attention/output_bias"] = self.self_attention.linear_proj.bias
-        if self.schedule.drop_mlp and self.mlp.linear_fc2.bias is not None:
+        if isinstance(self.mlp, BranchMoE):
+            named[_ROUTER] = self.mlp.router.weight
+        elif self.schedule.drop_mlp and self.mlp.linear_fc2.bias is not None:
             named["mlp/output_bias"] = self.mlp.linear_fc2.bias
         shared = dict(zip(named, share_parameters(list(named.values()), self.tp_group), strict=True))
         return shared | self.share.share(self._own_vectors())

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,6 +18,7 @@ from megatron_spd.errors import UserError
 from megatron_spd.layers.attention import FusedCausalAttention
 from megatron_spd.layers.block import SPDTransformerLayer
 from megatron_spd.layers.linear import BranchColumnParallelLinear, PartialRowParallelLinear
+from megatron_spd.layers.moe import BranchMoE, unsupported_expert_settings
 from megatron_spd.layers.norm import HeadNorm
 from megatron_spd.plan import BlockSchedule, SPDPlan
 from megatron_spd.runtime.branch_groups import branch_process_group
@@ -51,11 +53,13 @@ def block_submodules(
     ``fused_attention``: with :class:`FusedCausalAttention`, for evaluation.
     """
     _check_config(config)
+    # Megatron-core's own layer with experts trains on several ranks under sequence parallelism only: not used.
+    experts = config.num_moe_experts is not None
     stock = _stock_spec(config)
     if fused_attention:
         stock = _with_attention(stock, core_attention=FusedCausalAttention)
     return TransformerBlockSubmodules(
-        layer_specs=[stock if s.is_stock else _spd_spec(config, stock, s) for s in schedules],
+        layer_specs=[stock if s.is_stock and not experts else _spd_spec(config, stock, s) for s in schedules],
         layer_norm=stock.submodules.input_layernorm,
     )
 
@@ -66,10 +70,10 @@ def _check_config(config: TransformerConfig) -> None:
         "sequence_parallel": config.sequence_parallel,
         "pipeline_model_parallel_size > 1": config.pipeline_model_parallel_size > 1,
         "context_parallel_size > 1": config.context_parallel_size > 1,
-        "num_moe_experts": config.num_moe_experts is not None,
         "multi_latent_attention": config.multi_latent_attention,
         "fp32_residual_connection": config.fp32_residual_connection,
         "recompute_modules other than core_attn": bool(set(recompute or []) - {"core_attn"}),
+        **unsupported_expert_settings(config),
     }
     for name, given in unsupported.items():
         if given:
@@ -120,11 +124,31 @@ def _spd_spec(config: TransformerConfig, stock: ModuleSpec, schedule: BlockSched
 
     stock = _with_attention(stock, linear_qkv=column(), linear_proj=row(attention_apart))
     mlp = stock.submodules.mlp
-    mlp = dataclasses.replace(
-        mlp, submodules=dataclasses.replace(mlp.submodules, linear_fc1=column(), linear_fc2=row(mlp_apart))
-    )
+    if config.num_moe_experts is None:
+        submodules = dataclasses.replace(mlp.submodules, linear_fc1=column(), linear_fc2=row(mlp_apart))
+        mlp = dataclasses.replace(mlp, submodules=submodules)
+    else:
+        mlp = _moe_spec(schedule, branches, mlp_apart)
     return ModuleSpec(
         module=SPDTransformerLayer,
         params={"schedule": schedule, "branch_group": _branch_group(config, schedule.branches)},
         submodules=dataclasses.replace(stock.submodules, mlp=mlp),
+    )
+
+
+def _moe_spec(schedule: BlockSchedule, branches: int, apart: bool) -> ModuleSpec:
+    """Router and experts for ``branches`` on this rank, whose outputs are kept ``apart``."""
+    # Branches that read the same and whose outputs are added are one to the experts.
+    runs = {"local_branches": branches if apart or schedule.mlp_inputs_differ else 1}
+    return ModuleSpec(
+        module=BranchMoE,
+        params={
+            **runs,
+            "per_branch": apart,
+            "one_router": schedule.routing == "first" and schedule.mlp_inputs_differ,
+        },
+        submodules=MLPSubmodules(
+            linear_fc1=ModuleSpec(BranchColumnParallelLinear, params=runs),
+            linear_fc2=ModuleSpec(PartialRowParallelLinear, params={**runs, "per_branch": apart}),
+        ),
     )

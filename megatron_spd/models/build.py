@@ -75,6 +75,7 @@ def transformer_config(
         "add_bias_linear": settings.output_bias or settings.mlp_bias,
         "add_qkv_bias": settings.qkv_bias,
         "window_size": None if settings.window is None else (settings.window - 1, 0),
+        **_expert_settings(settings),
         "tensor_model_parallel_size": runtime.tp_size,
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -90,6 +91,20 @@ def transformer_config(
         "gradient_accumulation_fusion": False,
     }
     return TransformerConfig(**(kwargs | overrides))
+
+
+def _expert_settings(settings: BlockSettings) -> dict[str, Any]:
+    """What Megatron-core's config says about experts."""
+    experts = settings.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.chosen,
+        "moe_router_pre_softmax": not experts.renormalised,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+    }
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:

@@ -10,14 +10,32 @@ parameter. ``BranchTensor`` names what an SPD block may have and a dense one has
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_spd.models.norm import NormKind
-from megatron_spd.models.tables import BLOCK, BRANCH_TENSORS, BlockTables, BranchTensor, HFTensor
+from megatron_spd.models.tables import (
+    BLOCK,
+    BRANCH_TENSORS,
+    BlockTables,
+    BranchTensor,
+    HFTensor,
+    expert_number,
+    expert_pattern,
+)
 from megatron_spd.plan import BlockPlan
 
 Activation = Literal["silu", "relu"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """``count`` MLPs, of which a router chooses ``chosen`` for each token; ``renormalised``: the weights of those
+    chosen add up to 1."""
+
+    count: int
+    chosen: int
+    renormalised: bool = True
 
 
 @dataclass(frozen=True)
@@ -25,7 +43,8 @@ class BlockSettings:
     """What a ``config.json`` says about a block beside its sizes.
 
     ``norm_eps``: of all norms. ``qkv_bias``, ``output_bias``, ``mlp_bias``: which projections have biases (q, k and v;
-    o; all of the MLP). ``window``: keys that a query sees, its own included; None: all before it.
+    o; all of the MLP). ``window``: keys that a query sees, its own included; None: all before it. ``experts`` None: one
+    MLP.
     """
 
     norm_eps: float
@@ -33,6 +52,7 @@ class BlockSettings:
     output_bias: bool = False
     mlp_bias: bool = False
     window: int | None = None
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +71,8 @@ class ModelFamily:
     cover. ``classes``: transformers' classes are ``<classes>Config`` and ``<classes>ForCausalLM``. ``tied``: whether
     the output layer is the embedding, and ``head_dim`` the size of a head, where a config does not say (None: the
     hidden size shared out over the heads). ``ffn_key``: the config's name for the number of MLP neurons.
-    ``positions`` None: rotary. ``stored_names``: modules of a block that its checkpoints call otherwise.
+    ``positions`` None: rotary. ``stored_names``: modules of a block that its checkpoints call otherwise; "{}" in both
+    stands for the number of an expert.
     """
 
     model_type: str
@@ -87,15 +108,17 @@ class ModelFamily:
 
     def block_tensors(self, settings: BlockSettings) -> list[HFTensor]:
         """The table's entries that a model with ``settings`` has."""
-        return [t for t in self.tables.stored if t.needs is None or getattr(settings, t.needs)]
+        experts = range(0 if settings.experts is None else settings.experts.count)
+        stored = self.tables.of_experts(experts).stored
+        return [t for t in stored if t.needs is None or getattr(settings, t.needs)]
 
     def tensor(self, name: str) -> HFTensor:
         """The table entry for a block-relative name (branch tensors included). Raises KeyError."""
         if any(name == entry.source for entry in self.branch_tensors):
             return HFTensor(name, 0, "branch")
         for entry in self.tables.stored:
-            if entry.name == name:
-                return entry
+            if entry.name == expert_pattern(name):
+                return replace(entry, name=name)
         raise KeyError(name)
 
     def planned_branch_tensors(self, block: BlockPlan) -> list[BranchTensor]:
@@ -105,4 +128,6 @@ class ModelFamily:
     def block_name(self, block: int, name: str) -> str:
         """The full name, in a checkpoint, of a block-relative tensor name."""
         module, _, kind = name.rpartition(".")
-        return self.block_prefix.format(block) + f"{self.stored_names.get(module, module)}.{kind}"
+        pattern = expert_pattern(f"{module}.").removesuffix(".")
+        stored = self.stored_names.get(pattern, pattern).format(expert_number(f"{module}."))
+        return self.block_prefix.format(block) + f"{stored}.{kind}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_spd.errors import UserError
+from megatron_spd.models.family import Experts
 
 #: Why a family, or a model of one, is refused whose norms follow its sublayers.
 NORM_BEHIND = (
@@ -29,6 +30,23 @@ def positive_number(hf: Mapping[str, Any], key: str) -> float:
     if not isinstance(value, float) or not 0 < value < 1:
         raise UserError(f"{key} is {value!r}, expected a small number > 0")
     return value
+
+
+def experts_of(
+    hf: Mapping[str, Any], count_key: str, count: int, chosen: int, renormalised: bool = True
+) -> Experts:
+    """The experts of a config, ``count`` and ``chosen`` where it does not say. Raises UserError for numbers that do not
+    fit, and where the model is to be trained with a loss of its routers."""
+    if hf.get("output_router_logits"):
+        raise UserError(
+            "output_router_logits = True asks for a loss of the routers, which is not supported; set it to false"
+        )
+    total, used = hf.get(count_key, count), hf.get("num_experts_per_tok", chosen)
+    if type(total) is not int or type(used) is not int or not 1 <= used <= total:
+        raise UserError(
+            f"num_experts_per_tok is {used!r} with {count_key} = {total!r}; expected 1 to as many"
+        )
+    return Experts(total, used, renormalised)
 
 
 def window_of_some_blocks(hf: Mapping[str, Any]) -> int | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_spd.models.family import ModelFamily
-from megatron_spd.models.tables import MegatronTensor
+from megatron_spd.models.tables import MegatronTensor, expert_number
 from megatron_spd.plan import BlockPlan, branches_of_rank
 
 Weights = Mapping[str, Tensor]
@@ -71,7 +71,7 @@ def to_megatron(
     """
     wanted = set(wanted)
     state = {entry.name: shard[entry.source] for entry in family.branch_tensors if entry.name in wanted}
-    for entry in family.tables.megatron:
+    for entry in _entries(family, wanted):
         if entry.name in wanted:
             parts = [_part(shard, source) for source in entry.sources]
             state[entry.name] = _merge(parts, entry, kv_groups)
@@ -84,11 +84,17 @@ def from_megatron(
     """The inverse of :func:`to_megatron`; ``wanted``: the Hugging Face names that the checkpoint has."""
     wanted = set(wanted)
     shard = {entry.source: state[entry.name] for entry in family.branch_tensors if entry.name in state}
-    for entry in family.tables.megatron:
+    for entry in _entries(family, wanted):
         if wanted.intersection(entry.sources):
             parts = _split(state[entry.name], entry, kv_groups, head_dim)
             shard |= {s: p for s, p in zip(entry.sources, parts, strict=True) if s in wanted}
     return shard
+
+
+def _entries(family: ModelFamily, names: Iterable[str]) -> tuple[MegatronTensor, ...]:
+    """The family's table for the experts that ``names`` speak of."""
+    numbers = {expert_number(name) for name in names} - {None}
+    return family.tables.of_experts(sorted(n for n in numbers if n is not None)).megatron
 
 
 def _part(shard: Weights, source: str) -> Tensor:

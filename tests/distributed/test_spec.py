@@ -61,7 +61,8 @@ def refusal(case: Case, ranks: int, changes: dict[str, Any]) -> str:
         (1, {"num_layers": 5}, "num_layers = 5, the plan is for 4"),
         (3, {"sequence_parallel": True}, "sequence_parallel"),
         (1, {"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size"),
-        (1, {"num_moe_experts": 4}, "num_moe_experts"),
+        (1, {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.01}, "moe_aux_loss_coeff"),
+        (1, {"num_moe_experts": 4, "moe_shared_expert_intermediate_size": 8}, "shared_expert"),
         (1, {"fp32_residual_connection": True}, "fp32_residual_connection"),
     ],
 )

@@ -102,6 +102,17 @@ def test_a_plan_of_version_1_is_read_as_one_of_the_present_version():
     assert plan.version == PLAN_VERSION == 2
 
 
+def test_the_routing_of_experts_is_written_where_it_is_not_the_usual_one():
+    """So that plans of dense models, and what is derived from their text, stay as they were."""
+    plan = plan_with([0])
+    assert "routing" not in plan.to_dict()
+    first = dataclasses.replace(plan, routing="first")
+    assert SPDPlan.from_dict(first.to_dict()) == first != plan
+    assert first.block_schedule(0).routing == "first"
+    # A plan that drops nothing is the dense model, whoever routes.
+    assert dataclasses.replace(plan_with(), routing="first").block_schedule(0).is_stock
+
+
 def test_load_errors_name_the_file(tmp_path):
     with pytest.raises(PlanError, match=r"no plan at .*missing\.json.*megatron-spd plan"):
         SPDPlan.load(tmp_path / "missing.json")
@@ -121,6 +132,7 @@ WRONG = [
     (("branches",), 1.0, "branches"),
     (("provenance",), [], "provenance"),
     (("extra",), 1, "extra"),
+    (("routing",), "last", "routing"),
     (("sync_points",), [FULL] * 7, "sync_points"),
     (("sync_points",), None, "sync_points"),
     (("sync_points", 5), "lowbit4", "sync_points[5]"),

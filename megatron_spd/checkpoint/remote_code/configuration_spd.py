@@ -24,8 +24,10 @@ class SPDConfig:
 
     What is read of the plan: ``version``; ``branches`` (G); ``sync_points``, 2L times "none" (dropped), "full" or
     a low-bit format (point 2i follows the attention of block i, point 2i + 1 its MLP); ``blocks[i].attention_shift``
-    and ``.mlp_shift``, ``.attention_norm`` and ``.mlp_norm`` (false where a plan lacks them). Without a plan nothing is
-    dropped. Raises ValueError for a plan of another version or one that does not fit the model.
+    and ``.mlp_shift``, ``.attention_norm`` and ``.mlp_norm`` (false where a plan lacks them); ``routing``: "branch"
+    (every branch chooses experts by its own input; also where a plan lacks it) or "first" (the first branch chooses
+    for all). Without a plan nothing is dropped. Raises ValueError for a plan of another version or one that does not
+    fit the model.
 
     A low-bit format says how ranks exchange their sums at a synced point. On one device nothing is exchanged, and the
     point is computed exactly, as a full one.
@@ -63,8 +65,13 @@ class SPDConfig:
             raise ValueError(
                 f"spd_plan has sync points {unknown}; this code knows 'full', 'none' and formats such as 'int4:g64'"
             )
+        if plan.get("routing", "branch") not in ("branch", "first"):
+            raise ValueError(
+                f"spd_plan has routing {plan['routing']!r}; this code knows 'branch' and 'first'"
+            )
         groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        neurons = getattr(config, "intermediate_size", None) or config.ffn_dim
+        names = ("moe_intermediate_size", "intermediate_size", "ffn_dim")
+        neurons = next(n for n in (getattr(config, name, None) for name in names) if n)
         for what, n in (("key/value groups", groups), ("neurons", neurons)):
             if n % plan["branches"]:
                 raise ValueError(f"spd_plan has {plan['branches']} branches, which do not divide {n} {what}")
@@ -73,6 +80,11 @@ class SPDConfig:
     def branches(self) -> int:
         """G, the number of branches; 1 without a plan."""
         return self.spd_plan["branches"] if self.spd_plan is not None else 1
+
+    @property
+    def one_router(self) -> bool:
+        """Whether the first branch's choice of experts is everyone's."""
+        return self.spd_plan is not None and self.spd_plan.get("routing") == "first"
 
     def stored_name(self, name: str) -> str:
         """What this family calls the part of a block that Llama calls ``name``."""

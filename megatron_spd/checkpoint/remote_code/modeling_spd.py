@@ -25,7 +25,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, conversion_mapping
 
 from .configuration_spd import config_class
 
@@ -66,6 +66,42 @@ class BranchOutputLinear(nn.Linear):
         x = x.unflatten(-1, (self.branches, -1))
         weight = self.weight.unflatten(1, (self.branches, -1))
         return torch.einsum("bsgi,ogi->bsgo", x, weight).flatten(-2)
+
+
+class BranchExperts(nn.Module):
+    """A family's experts, every one of them split over branches, in the place of its own module of experts.
+
+    ``partial``: keep the branches' outputs apart.
+    """
+
+    bias = None
+
+    def __init__(self, like: Any, branches: int, partial: bool) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty_like(like.gate_up_proj))
+        self.down_proj = nn.Parameter(torch.empty_like(like.down_proj))
+        self.act_fn = like.act_fn
+        self.branches, self.partial = branches, partial
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """``x`` [t, h] or [t, G, h]; ``chosen``, ``weights`` [t, k] or [t, G, k]: experts of each token, the same for
+        all branches or for each its own -> [t, h], or [t, G, h] if ``partial``."""
+        parts = [
+            self._branch(g, *(t if t.dim() == 2 else t[:, g] for t in (x, chosen, weights)))
+            for g in range(self.branches)
+        ]
+        return torch.stack(parts, 1) if self.partial else sum(parts[1:], parts[0])
+
+    def _branch(self, g: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        gate_up = self.gate_up_proj.unflatten(1, (2, self.branches, -1))[:, :, g].flatten(1, 2)
+        down = self.down_proj.unflatten(2, (self.branches, -1))[:, :, g]
+        out = torch.zeros_like(x)
+        for number in range(len(down)):
+            tokens, places = torch.where(chosen == number)
+            gate, up = functional.linear(x[tokens], gate_up[number]).chunk(2, -1)
+            part = functional.linear(self.act_fn(gate) * up, down[number])
+            out = out.index_add(0, tokens, part * weights[tokens, places, None])
+        return out
 
 
 class BranchVectors(nn.Module):
@@ -110,11 +146,18 @@ class SyncPointRule(nn.Module):
             if self.has_part(name):
                 reader = BranchInputLinear(self.part(name), config.branches)
                 self.set_submodule(self.stored_name(name), reader)
-        for point, name in enumerate(("self_attn.o_proj", "mlp.down_proj"), 2 * layer_idx):
-            writer = BranchOutputLinear(self.part(name), config.branches, config.is_dropped(point))
+        self.one_router = config.one_router
+        for point, name in enumerate(("self_attn.o_proj", self._mlp_writer), 2 * layer_idx):
+            kind = BranchExperts if name == "mlp.experts" else BranchOutputLinear
+            writer = kind(self.part(name), config.branches, config.is_dropped(point))
             self.set_submodule(self.stored_name(name), writer)
         add_branch_vectors(self.self_attn, config, layer_idx, "attention")
         add_branch_vectors(self.mlp, config, layer_idx, "mlp")
+
+    @property
+    def _mlp_writer(self) -> str:
+        """The part of the block whose output is the MLP's."""
+        return "mlp.experts" if hasattr(self.mlp, "experts") else "mlp.down_proj"
 
     def part(self, name: str) -> Any:
         """The part of the block that Llama calls ``name``. Raises AttributeError where the family has none."""
@@ -134,16 +177,30 @@ class SyncPointRule(nn.Module):
         x, pending = self._add_output(x, pending, out, self.part("self_attn.o_proj"))
 
         z = branch_input(x, pending, self.mlp, self.part("post_attention_layernorm"))
-        x, pending = self._add_output(x, pending, self._mlp(z), self.part("mlp.down_proj"))
+        x, pending = self._add_output(x, pending, self._mlp(z), self.part(self._mlp_writer))
         return x if pending is None else torch.cat([x, pending], -1)
 
     def _mlp(self, z: Tensor) -> Tensor:
+        if hasattr(self.mlp, "experts"):
+            return self._mixture(z)
         if not isinstance(self.mlp, BranchVectors):
             return self.mlp(z)
         return self.part("mlp.down_proj")(self.activation_fn(self.part("mlp.up_proj")(z)))
 
+    def _mixture(self, z: Tensor) -> Tensor:
+        """``z`` [b, s, h] or [b, s, G * h] -> as :class:`BranchOutputLinear` gives it. The router sees what a branch
+        sees."""
+        x = z.flatten(0, 1)
+        if x.shape[-1] != self.state_size:
+            x = x.unflatten(-1, (-1, self.state_size))
+        seen = x[:, 0] if self.one_router and x.dim() == 3 else x
+        _, weights, chosen = self.mlp.gate(seen)
+        if seen.dim() == 3:
+            weights, chosen = (t.unflatten(0, seen.shape[:2]) for t in (weights, chosen))
+        return self.mlp.experts(x, chosen, weights).flatten(1).unflatten(0, z.shape[:2])
+
     def _add_output(
-        self, x: Tensor, pending: Tensor | None, out: Tensor, projection: BranchOutputLinear
+        self, x: Tensor, pending: Tensor | None, out: Tensor, projection: BranchOutputLinear | BranchExperts
     ) -> tuple[Tensor, Tensor | None]:
         """X and P after a sublayer whose output projection gave ``out``: the second half of the rule."""
         bias: Tensor | None = projection.bias
@@ -232,6 +289,12 @@ def _model_class(name: str, dense: type[PreTrainedModel]) -> type[PreTrainedMode
     if name not in _made:
         dense_config: Any = dense.config_class
         config = config_class(f"SPD{dense_config.__name__}", dense_config)
+        # Experts are stored one by one, and transformers joins them when it loads the dense model.
+        stored_as = conversion_mapping.get_checkpoint_conversion_mapping(dense_config.model_type)
+        if stored_as is not None:
+            conversion_mapping.register_checkpoint_conversion_mapping(
+                config.model_type, stored_as, overwrite=True
+            )
         body = {"__module__": __name__, "__doc__": f"{dense.__name__} under a plan.", "config_class": config}
         _made[name] = type(name, (SPDForCausalLM, dense), body)
     return _made[name]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from megatron_spd.errors import UserError
+from megatron_spd.models.registry import family_of
 from megatron_spd.plan import SPDPlan
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ def check_options(plan: SPDPlan, vllm_config: VllmConfig) -> None:
     hidden states between blocks, which are partial sums where a plan drops points."""
     ranks = vllm_config.parallel_config.tensor_parallel_size
     plan.check_ranks(ranks)
+    if family_of(plan.base_model.model_type).tables.experts:
+        raise UserError(
+            f"vLLM does not run the {plan.base_model.model_type} exports of this package: its experts take one routing "
+            "decision for all ranks; use transformers or Megatron-core"
+        )
     if all(plan.block_schedule(block).is_stock for block in range(plan.num_layers)):
         return
     for given, option, instead in _refused(vllm_config):

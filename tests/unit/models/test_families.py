@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.errors import UserError
-from megatron_spd.models.family import BlockSettings
+from megatron_spd.models.family import BlockSettings, Experts
 from megatron_spd.models.registry import FAMILIES, REFUSED, family_of
 from megatron_spd.models.weights import from_megatron, shard_block, to_megatron, unshard_block
 from tests.families import CONFIGS, make_model
@@ -28,6 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3 with biases": {"qkv_bias": True, "output_bias": True, "window": 5},
     "opt": {"norm_eps": 1e-5, "qkv_bias": True, "output_bias": True, "mlp_bias": True},
     "opt without biases": {"norm_eps": 1e-5},
+    "mixtral": {"norm_eps": 1e-5, "experts": Experts(5, 2)},
+    "qwen3_moe": {"experts": Experts(4, 2, renormalised=False)},
+    "qwen3_moe renormalised": {"experts": Experts(4, 3)},
 }
 
 
@@ -43,13 +46,14 @@ def test_settings(case: str) -> None:
 def test_blocks_go_to_megatron_and_back(tmp_path: Path, case: str, ranks: int) -> None:
     folder = make_model(case, tmp_path)
     reader = CheckpointReader(folder)
-    family, weights = reader.family, reader.block(1)
+    family, weights, experts = reader.family, reader.block(1), reader.settings.experts
+    tables = family.tables if experts is None else family.tables.of_experts(range(experts.count))
     stored = load_file(folder / "model.safetensors")
     for name, tensor in weights.items():
         assert torch.equal(stored.pop(family.block_name(1, name)), tensor)
     assert not any(name.startswith(family.block_prefix.format(1)) for name in stored)
 
-    parameters, groups = [t.name for t in family.tables.megatron], reader.kv_groups // ranks
+    parameters, groups = [t.name for t in tables.megatron], reader.kv_groups // ranks
     back = []
     for rank in range(ranks):
         state = to_megatron(shard_block(weights, family, rank, ranks), family, groups, parameters)
@@ -93,6 +97,15 @@ UNCOVERED = [
     ),
     ("opt", {"activation_function": "gelu"}, "activation_function = 'gelu'"),
     ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine = False"),
+    (
+        "mixtral",
+        {"num_experts_per_tok": 6},
+        "num_experts_per_tok is 6 with num_local_experts = 5; expected 1 to",
+    ),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
+    ("mixtral", {"output_router_logits": True}, "asks for a loss of the routers, which is not supported"),
+    ("qwen3_moe", {"mlp_only_layers": [1]}, "blocks [1] of this qwen3_moe have a plain MLP"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
 ]
 
 
