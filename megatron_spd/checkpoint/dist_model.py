@@ -53,7 +53,7 @@ def write_megatron(view: ModelView, runtime: Runtime, out: Path) -> str:
         folder.mkdir()
         state, names = _state(view, runtime)
         common = _COMMON | {"content_metadata": _LAYOUT}
-        write_dist(folder, state, lambda key: _parameter(view, names[key], view.get), common)
+        write_dist(folder, state, lambda key: megatron_parameter(view, names[key], view.get), common)
         _write_side_files(view, folder)
         (partial / TRACKER).write_text(_RELEASE, encoding="utf-8")
         fingerprint = MegatronReader(partial).fingerprint()
@@ -136,7 +136,7 @@ def _state(view: ModelView, runtime: Runtime) -> tuple[dict[str, Any], dict[str,
         if isinstance(item, ShardedObject):
             state[item.unique_key] = [item.data]
             continue
-        like = _parameter(view, name, view.like)
+        like = megatron_parameter(view, name, view.like)
         if like.shape != item.data.shape:
             raise CheckpointError(
                 f"parameter {name} has shape {list(like.shape)}, Megatron-core expects {list(item.data.shape)}"
@@ -161,7 +161,7 @@ def _empty_model(view: ModelView, runtime: Runtime) -> GPTModel:
         )
 
 
-def _parameter(view: ModelView, name: str, get: Callable[[str], Tensor]) -> Tensor:
+def megatron_parameter(view: ModelView, name: str, get: Callable[[str], Tensor]) -> Tensor:
     """The Megatron-core parameter ``name`` for one rank, from the Hugging Face tensors that ``get`` gives."""
     reader = view.reader
     place = split_layer_name(name)
