@@ -19,7 +19,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, LoadPlan
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    LoadPlan,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -77,6 +83,11 @@ class DistStore:
             raise CheckpointError(f"{folder / METADATA_FILE} is damaged; copy it again") from None
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether layers are stacked along a first axis."""
+        return any(place.layer is not None for places in self._places.values() for place in places)
 
     def names(self) -> Collection[str]:
         return self._places.keys()
@@ -140,14 +151,19 @@ def write_dist(
     """Write a torch_dist folder that Megatron-core's ``dist_checkpointing.load`` reads.
 
     ``state``: keys to tensors without data (device "meta"), whose data ``load(key)`` gives, one at a time; and to
-    anything else, which is pickled. ``common``: what is not sharded. Needs no process group.
+    anything else, which is pickled. ``common``: what is not sharded. Needs no process group. Raises what ``load``
+    raises.
     """
     with warnings.catch_warnings():
         # It remarks that there is one process only.
         warnings.simplefilter("ignore", UserWarning)
-        dcp.save(
-            dict(state), storage_writer=dcp.FileSystemWriter(folder), planner=_WhenWritten(load), no_dist=True
-        )
+        writer = dcp.FileSystemWriter(folder)
+        try:
+            dcp.save(dict(state), storage_writer=writer, planner=_WhenWritten(load), no_dist=True)
+        except CheckpointException as error:
+            # What went wrong in reading or writing is more than that something went wrong.
+            reason, _ = next(iter(error.failures.values()))
+            raise reason from None
     torch.save(dict(common), folder / COMMON_FILE)
     # Last: its presence says that the checkpoint is complete.
     (folder / DIST_CONFIG).write_text(json.dumps(_CONFIG) + "\n", encoding="utf-8")

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_spd.checkpoint.dist import COMMON_FILE, DistStore, write_dist
 from megatron_spd.checkpoint.folders import atomic_folder, copy_side_files
@@ -53,7 +53,7 @@ def write_megatron(view: ModelView, runtime: Runtime, out: Path) -> str:
         folder.mkdir()
         state, names = _state(view, runtime)
         common = _COMMON | {"content_metadata": _LAYOUT}
-        write_dist(folder, state, lambda key: _parameter(view, names[key], view.get), common)
+        write_dist(folder, state, lambda key: megatron_parameter(view, names[key], view.get), common)
         _write_side_files(view, folder)
         (partial / TRACKER).write_text(_RELEASE, encoding="utf-8")
         fingerprint = MegatronReader(partial).fingerprint()
@@ -88,13 +88,18 @@ def load_model(model: GPTModel, plan: SPDPlan, runtime: Runtime, folder: Path) -
     if not is_dist(found):
         raise CheckpointError(f"{found} is no torch_dist checkpoint; convert it with `megatron-spd convert`")
     # Megatron-core unpickles what it reads: only after these have looked through it.
-    DistStore(found)
+    store = DistStore(found)
     load_state(found / COMMON_FILE)
     _check_plan(plan, found)
+    layout = _layout(runtime) | {"non_homogeneous_layers": not store.stacked}
     try:
-        state = dist_checkpointing.load(model.sharded_state_dict(metadata=_layout(runtime)), str(found))
-    except (CheckpointingException, KeyError) as error:
-        raise CheckpointError(f"{found} does not fit the model: {str(error).strip()[:200]}") from None
+        state = dist_checkpointing.load(model.sharded_state_dict(metadata=layout), str(found))
+    except CheckpointException as error:
+        # Of any rank: each has its own reason.
+        reason, _ = next(iter(error.failures.values()))
+        raise CheckpointError(
+            f"{found} does not fit the model: {' '.join(str(reason).split())[:200]}"
+        ) from None
     model.load_state_dict(
         {name: value for name, value in state.items() if isinstance(value, Tensor)}, strict=False
     )
@@ -131,7 +136,7 @@ def _state(view: ModelView, runtime: Runtime) -> tuple[dict[str, Any], dict[str,
         if isinstance(item, ShardedObject):
             state[item.unique_key] = [item.data]
             continue
-        like = _parameter(view, name, view.like)
+        like = megatron_parameter(view, name, view.like)
         if like.shape != item.data.shape:
             raise CheckpointError(
                 f"parameter {name} has shape {list(like.shape)}, Megatron-core expects {list(item.data.shape)}"
@@ -156,7 +161,7 @@ def _empty_model(view: ModelView, runtime: Runtime) -> GPTModel:
         )
 
 
-def _parameter(view: ModelView, name: str, get: Callable[[str], Tensor]) -> Tensor:
+def megatron_parameter(view: ModelView, name: str, get: Callable[[str], Tensor]) -> Tensor:
     """The Megatron-core parameter ``name`` for one rank, from the Hugging Face tensors that ``get`` gives."""
     reader = view.reader
     place = split_layer_name(name)
@@ -190,6 +195,9 @@ class _BlockTensors(Mapping[str, Tensor]):
         tensor = self._get(self._family.block_name(self._block, name))
         self.dtypes.add(tensor.dtype)
         return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

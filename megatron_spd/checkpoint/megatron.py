@@ -14,7 +14,13 @@ from megatron_spd.checkpoint.dist import DistStore
 from megatron_spd.checkpoint.hf import CheckpointReader, read_config, sampled
 from megatron_spd.checkpoint.legacy import LegacyStore
 from megatron_spd.checkpoint.megatron_names import OUTPUT_LAYER, layer_name, outer_parameters
-from megatron_spd.checkpoint.megatron_store import ParameterStore, find_checkpoint, is_dist
+from megatron_spd.checkpoint.megatron_store import (
+    TRACKER,
+    ParameterStore,
+    find_checkpoint,
+    is_dist,
+    is_legacy,
+)
 from megatron_spd.checkpoint.safetensors_io import TORCH_DTYPES, TensorEntry
 from megatron_spd.errors import CheckpointError
 from megatron_spd.models.weights import from_megatron, unshard_block
@@ -36,9 +42,20 @@ class MegatronReader(CheckpointReader):
 
     def __init__(self, folder: str | Path, hf_config: str | Path | None = None) -> None:
         found = find_checkpoint(Path(folder))
-        self.store: ParameterStore = DistStore(found) if is_dist(found) else LegacyStore(found)
+        store = DistStore(found) if is_dist(found) else LegacyStore(found)
+        self._open_store(store, found if hf_config is None else hf_config)
+
+    @classmethod
+    def of_store(cls, store: ParameterStore, hf_config: str | Path) -> MegatronReader:
+        """A reader of parameters that lie elsewhere; ``hf_config``: the folder with the model's config."""
+        reader = cls.__new__(cls)
+        reader._open_store(store, hf_config)
+        return reader
+
+    def _open_store(self, store: ParameterStore, config_folder: str | Path) -> None:
+        self.store = store
         self._read_last: tuple[str, int, Tensor] | None = None
-        super().__init__(found if hf_config is None else hf_config)
+        super().__init__(config_folder)
 
     @property
     def recorded_fingerprint(self) -> str | None:
@@ -152,6 +169,15 @@ class MegatronReader(CheckpointReader):
     def _as_entry(self, like: Tensor) -> TensorEntry:
         dtype = _DTYPE_NAMES.get(like.dtype, str(like.dtype))
         return TensorEntry(self.store.folder, dtype, tuple(like.shape), 0, like.nbytes)
+
+
+def open_checkpoint(folder: Path, hf_config: str | Path | None = None) -> CheckpointReader:
+    """The reader for whatever ``folder`` holds: a Hugging Face folder, or a Megatron checkpoint (``hf_config`` as
+    there). Raises CheckpointError."""
+    is_megatron = (folder / TRACKER).is_file() or is_dist(folder) or is_legacy(folder)
+    if (folder / "config.json").is_file() and not is_megatron:
+        return CheckpointReader(folder)
+    return MegatronReader(folder, hf_config)
 
 
 class _LayerState(Mapping[str, Tensor]):

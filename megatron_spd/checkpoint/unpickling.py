@@ -76,6 +76,10 @@ _IGNORED = (
 )
 
 
+class _Forbidden(pickle.UnpicklingError):
+    """A pickle names what is not allowed."""
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _METADATA_CLASSES.get(module, ()):
@@ -84,7 +88,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module.startswith(_MEGATRON_STRATEGIES):
             return Ignored
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        raise _Forbidden(f"{module}.{name}")
 
 
 def read_metadata(file: Path) -> Metadata:
@@ -95,7 +99,7 @@ def read_metadata(file: Path) -> Metadata:
             metadata = _MetadataUnpickler(stream).load()
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} has no {file.name}; copy the whole folder again") from None
-    except pickle.UnpicklingError as error:
+    except _Forbidden as error:
         raise CheckpointError(_refusal(file, error)) from None
     except Exception as error:
         # A damaged pickle can raise anything.

@@ -43,6 +43,9 @@ def view_of(reader: CheckpointReader) -> ModelView:
 
 
 def stored_plan(folder: Path) -> SPDPlan | None:
-    """The plan in a folder's config.json; None for a plain model. Raises CheckpointError and PlanError."""
+    """The plan in a folder's config.json; None for a plain model, and where Megatron itself wrote the folder and no
+    config. Raises CheckpointError and PlanError."""
+    if not (folder / "config.json").is_file():
+        return None
     raw = read_config(folder).get("spd_plan")
     return None if raw is None else SPDPlan.from_dict(raw)

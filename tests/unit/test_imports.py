@@ -22,7 +22,7 @@ LEVELS: list[set[str]] = [
     {"models"},
     {"checkpoint", "calibration"},
     {"sensitivity", "grouping", "distill", "evaluate", "latency", "serving"},
-    {"report", "stages", "compensation", "planning", "optimizing", "converting", "run_folder"},
+    {"report", "stages", "compensation", "planning", "optimizing", "converting", "exchange", "run_folder"},
     {"pipeline", "curve", "curve_variants", "commands"},
     {"cli"},
 ]
