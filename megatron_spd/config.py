@@ -285,15 +285,35 @@ class BenchOptions(ModelOptions, LinkOptions):
     prompt_lengths: str = option("tokens of a prompt, with commas between", "128")
     new_tokens: int = option("tokens to generate after each prompt", 16)
     rounds: int = option("times that everything is timed", 10)
+    ranks_per_node: int = option(
+        "with --link-rates: ranks in a row that stand for a node; they share one link, and no link is between them",
+        1,
+    )
     dtype: DType = option("type of weights and activations", "fp32")
     seed: int = option("seed of the prompts", 1234)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_nodes()
         if not parts(self.drops) or not parts(self.collectives):
             raise UserError("--drops and --collectives need at least one value each")
         # Wrong numbers are refused before any rank starts.
         _ = self.batch_values, self.prompt_values, self.rate_values
+
+    def _check_nodes(self) -> None:
+        """Raise UserError for nodes that cannot be made of the ranks."""
+        size = self.ranks_per_node
+        if size == 1:
+            return
+        if not self.rate_values:
+            raise UserError(
+                "--ranks-per-node says which ranks are behind one link: give --link-rates as well"
+            )
+        if size < 1 or self.ranks % size or self.ranks == size:
+            raise UserError(
+                f"--ranks-per-node {size} makes no two or more equal nodes of --ranks {self.ranks}; give a smaller "
+                "divisor of it"
+            )
 
     @property
     def batch_values(self) -> list[int]:

@@ -125,6 +125,23 @@ def _split(parts: Sequence[Tensor], count: int) -> list[Sequence[Tensor]]:
     return [parts[i : i + size] for i in range(0, len(parts), size)]
 
 
+def _parts_of_branches(
+    sublayer: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    before: Sequence[Tensor],
+    w: Weights,
+    shape: Shape,
+    ranks: int,
+    mask: Tensor | None,
+) -> list[Tensor]:
+    """What each of ``ranks`` > G ranks gives to an all-reduce: its part of its branch's output, to which the first rank
+    of a branch adds what the branch had ``before``."""
+    copies = ranks // len(inputs)
+    parts = [sublayer(inputs[r // copies], w, shape, r, ranks) for r in range(ranks)]
+    parts = [part if mask is None else part * mask for part in parts]
+    return [part if r % copies else part + before[r // copies] for r, part in enumerate(parts)]
+
+
 def low_bit_sum(held: Sequence[Tensor], bits: int, group: int) -> Tensor:
     """The two-step all-reduce of method section 5, value by value; ``held[r]`` is rank r's tensor."""
     if len(held) == 1:
@@ -184,24 +201,28 @@ def blocks_forward(
         shift = w.get(f"{prefix}.spd_shift")
         norm_weight, norm_bias = w.get(f"{prefix}.spd_norm_weight"), w.get(f"{prefix}.spd_norm_bias")
         mask = masks[p] if masks is not None else None
-        first: Tensor | None = None
+        sublayer = attention_branch if is_attention else mlp_branch
+        inputs, before = [], list(pending)
         for g in range(branches):
             z = x + pending[g] if shift is None else x + pending[g] + shift[g]
             z = norm(z, w, norm_name, shape)
             if norm_weight is not None and norm_bias is not None:
                 z = z * norm_weight[g] + norm_bias[g]
+            inputs.append(z)
             if is_attention:
                 out = attention_branch(z, w, shape, g, branches)
             else:
-                first = z if first is None else first
-                out = mlp_branch(z, w, shape, g, branches, first if shape.one_router else None)
+                out = mlp_branch(z, w, shape, g, branches, inputs[0] if shape.one_router else None)
             pending[g] = pending[g] + (out if mask is None else out * mask)
         if bias is not None:
             x = x + (bias if mask is None else bias * mask)
         if p not in dropped or p == last:
             total = sum(pending)
             if low_bit and p in low_bit:
-                held = [sum(part) for part in _split(pending, ranks or branches)]
+                if ranks is not None and ranks > branches:
+                    held = _parts_of_branches(sublayer, inputs, before, w, shape, ranks, mask)
+                else:
+                    held = [sum(part) for part in _split(pending, ranks or branches)]
                 # The gradient passes the rounding by.
                 total = total + (low_bit_sum(held, *low_bit[p]) - total).detach()
             x = x + total

@@ -138,7 +138,7 @@ def low_bit_result(case: Case, ranks: int) -> dict[str, Tensor]:
 LOW_BIT = {"dtype": "float64", "shifts": (1, 2), "biases": True}
 
 
-@pytest.mark.parametrize(("branches", "ranks"), [(2, 2), (3, 1), (3, 3), (4, 2)])
+@pytest.mark.parametrize(("branches", "ranks"), [(2, 2), (3, 1), (3, 3), (4, 2), (2, 4)])
 @pytest.mark.parametrize("collective", ["int8:g8", "int4:g8"])
 def test_low_bit_points(branches: int, ranks: int, collective: str) -> None:
     same = 0
@@ -158,7 +158,7 @@ def test_low_bit_points(branches: int, ranks: int, collective: str) -> None:
     assert same >= len(SCHEDULES) // 2
 
 
-@pytest.mark.parametrize(("branches", "ranks"), [(3, 1), (3, 3), (4, 2)])
+@pytest.mark.parametrize(("branches", "ranks"), [(3, 1), (3, 3), (4, 2), (2, 4)])
 def test_the_gradients_of_a_low_bit_sum_are_those_of_the_plain_one(branches: int, ranks: int) -> None:
     """Where nothing reads the rounded sum, the gradients do not know of it."""
     case = Case(branches, 1, (0,), collective="int4:g8", **LOW_BIT)

@@ -7,6 +7,9 @@ branch norm w_g, b_g (else 1 and 0):
     z_g = norm(X + P_g + c_g) * w_g + b_g;   P_g += sublayer_g(z_g);   X += b
     if the sync point after it is kept:   X += all_reduce(sum of P_g);   P = 0
 
+Where M / G > 1 ranks share a branch (B = 1), a sublayer's output is summed among them at a dropped point; at a kept
+one the first of them gives P_g to the all-reduce over all ranks (``comm/branches.py`` says why that is exact).
+
 Between layers the two travel as vLLM's ``hidden_states`` and ``residual``: after a kept point hidden states are what
 was reduced, not yet added to X (the next norm adds it, as in every vLLM model); after a dropped MLP point they are P.
 All that decides what is computed is known when the layer is built: forward holds no branch on data.
@@ -20,11 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
-from megatron_spd.plan import SPDPlan
-from megatron_spd.serving.vllm.collective import all_reduce_of
+from megatron_spd.plan import SPDPlan, branches_of_rank
+from megatron_spd.serving.vllm.collective import all_reduce_of, branch_sum
 from megatron_spd.serving.vllm.linear import BranchInputMethod, BranchOutputMethod
 
 
@@ -66,6 +68,9 @@ class SyncPointRule(nn.Module):
     self_attn: Any
     mlp: Any
     branches: int
+    #: For M > G: the sum over the ranks of the branch, and whether this is not the first of them.
+    branch_sum: Callable[[Tensor], Tensor] | None
+    follows: bool
     attention_step: Step
     mlp_step: Step
 
@@ -76,7 +81,10 @@ class SyncPointRule(nn.Module):
         from the rank's rows of the export's [G, h].
         """
         schedule = plan.block_schedule(block)
-        self.branches = plan.branches // get_tensor_model_parallel_world_size()
+        ranks = get_tensor_model_parallel_world_size()
+        self.branches = max(1, plan.branches // ranks)
+        self.branch_sum = branch_sum(plan.branches)
+        self.follows = get_tensor_model_parallel_rank() % max(1, ranks // plan.branches) > 0
         self.attention_step = Step(
             self.ATTENTION,
             schedule.pending,
@@ -141,7 +149,9 @@ class SyncPointRule(nn.Module):
                 x = x + hidden_states
             z = self._branch_input(step, x, hidden_states if step.pending else None)
         output = sublayer(z)
-        if step.pending:
+        if step.all_reduce is None and self.branch_sum is not None:
+            output = self.branch_sum(output)
+        if step.pending and not (step.all_reduce is not None and self.follows):
             output = self._add_pending(output, hidden_states)
         if step.all_reduce is not None:
             output = step.all_reduce(output)
@@ -222,5 +232,11 @@ class OneTensorRule(SyncPointRule):
 def _branch_vectors(values: Tensor) -> nn.Parameter:
     """A parameter [B, h] that vLLM's loader fills with the rank's rows of an export's [G, h]."""
     vectors = nn.Parameter(values, requires_grad=False)
-    vectors.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
+    vectors.weight_loader = _load_own_branches  # type: ignore[attr-defined]
     return vectors
+
+
+def _load_own_branches(vectors: Tensor, loaded: Tensor) -> None:
+    """``vectors`` [B, h] of this rank from those of all branches, ``loaded`` [G, h]."""
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    vectors.data.copy_(loaded[branches_of_rank(len(loaded), rank, ranks)])
