@@ -27,6 +27,7 @@ from megatron_spd.config import (
     ConvertOptions,
     CurveOptions,
     DistillOptions,
+    DryRunOptions,
     EvaluateOptions,
     ExportOptions,
     GenerateOptions,
@@ -151,6 +152,15 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         f"({dropped_in_words(made.dropped)}){low_bit_note(made.low_bit)}; plan: {options.out}"
         + ("" if choice.optimized is None else f"\n{optimized_text(choice.optimized)}"),
     }
+
+
+def dry_run(options: DryRunOptions) -> dict[str, Any]:
+    """See DryRunOptions."""
+    from megatron_spd.report.dry_run import dry_run_text
+    from megatron_spd.scale.dry_run import dry_run as estimate
+
+    result = estimate(options)
+    return {**result, "text": dry_run_text(result)}
 
 
 def _read_sensitivity(name: str) -> dict[str, Any]:

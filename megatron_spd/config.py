@@ -76,7 +76,7 @@ class SensitivityOptions(ModelOptions, RankOptions, GroupingOptions):
 
 @dataclass(kw_only=True)
 class PlanOptions(ModelOptions, RankOptions, OptimizeOptions, GroupingOptions):
-    """Choose the sync points to drop, and the collectives of the others."""
+    """Choose the sync points to drop, and the collectives of the others (--dry-run: only say what `run` would take)."""
 
     sensitivity: str = option("JSON file written by the command sensitivity")
     branches: int = option("branches of the SPD model (G)")
@@ -182,6 +182,38 @@ class RunOptions(ModelOptions, RankOptions, OptimizeOptions, GroupingOptions, Tr
     )
     eval_sequences: int = option("number of pieces to score on", 8)
     distill_sequences: int = option("number of pieces of --data to distil on", 64)
+
+
+@dataclass(kw_only=True)
+class DryRunOptions(RunOptions):
+    """What `run` with these options takes of memory, disk and time, from the model's config alone (no weights)."""
+
+    file_flag = "--recipe"
+    starts_ranks = False
+
+    dry_run: bool = option("print estimates instead of making a plan", False)
+    config: str = option("name of a known model (llama2-70b, ...), or the path of its config.json")
+    recipe: str | None = option("YAML or JSON file with options of the command run", None)
+    model: str = option("not used", "")
+    out: str = option("not used", "")
+    ranks: int = option("ranks of all nodes together", 1)
+    nodes: int = option("machines that the ranks are spread over", 1)
+    hardware: Literal["a100-80gb", "h100-80gb", "h200-141gb", "l40-48gb", "cpu"] = option(
+        "device of a rank: its memory, and for times its data sheet", "a100-80gb"
+    )
+    efficiency: float = option("share of the data sheet's operations per second that is reached", 0.4)
+    disk_rate: float = option("GB/s that a node reads from disk", 2.0)
+    node_rate: float = option("GB/s that a rank sends to other nodes", 12.5)
+    peak_tflops: float | None = option(
+        "10^12 operations per second of a device in --dtype, instead of the data sheet's", None
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("efficiency", "disk_rate", "node_rate", "peak_tflops"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{flag(name)} is {value}; it must be above 0")
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from megatron_spd.collective import FULL, CollectiveFormat
 from megatron_spd.errors import UserError
@@ -32,6 +32,7 @@ SEARCH_BUDGET = 24
 LIMITS: dict[str, tuple[float, float | None]] = {
     "branches": (1, None),
     "ranks": (1, None),
+    "nodes": (1, None),
     "sequences": (1, None),
     "eval_sequences": (1, None),
     "distill_sequences": (2, None),
@@ -70,6 +71,10 @@ def option(help: str, default: Any = dataclasses.MISSING, alias: str | None = No
 @dataclass(kw_only=True)
 class CommonOptions:
     """What every command takes."""
+
+    #: The flag that names a file with options, and whether ``ranks`` are started for the command.
+    file_flag: ClassVar[str] = "--config"
+    starts_ranks: ClassVar[bool] = True
 
     config: str | None = option("YAML or JSON file with defaults for the options", None)
     json: bool = option("print one JSON object as the last line of standard output", False)

@@ -27,7 +27,7 @@ from megatron_spd.runtime.distributed import Runtime
 BlockWeights = Callable[[int], Mapping[str, Tensor]]
 
 #: Tokens at a time for each thread without a GPU: more of them leave the cache and are slower by up to a fifth.
-_CPU_TOKENS = 512
+CPU_TOKENS = 512
 
 _STOCK = BlockSchedule(branches=1)
 
@@ -109,7 +109,7 @@ class BlockStreamer:
             raise UserError(f"token {int(tokens.max())} is outside the model's vocabulary of {len(table)}")
         together = self.micro_batch
         if self.runtime.device.type == "cpu":
-            most = _CPU_TOKENS * torch.get_num_threads()
+            most = CPU_TOKENS * torch.get_num_threads()
             together = min(together, max(1, most // tokens.shape[1]))
         # Looked up as [s, b]: a transposed result looks contiguous for b = 1, but is multiplied several times slower.
         batches = [b.T for b in tokens.split(together)]
@@ -138,9 +138,10 @@ class BlockStreamer:
         if own is not None:
             return self._unit_of(schedule, own)
         if self._block != block:
+            self._release()
             weights = self.weights(block)
             self._shard = shard_block(weights, self.shape.family, self.runtime.tp_rank, self.runtime.tp_size)
-            self._block, self._state = block, {}
+            self._block = block
         unit = self._built(schedule)
         if self._loaded.get(schedule) != block:
             # All units of a block refer to the same tensors: one block in memory, whatever the number of schedules.
@@ -149,6 +150,14 @@ class BlockStreamer:
             refer_to(unit.blocks.layers[0], self._state)
             self._loaded[schedule] = block
         return unit
+
+    def _release(self) -> None:
+        """Let go of all weights, before the next block's are read: units that are not used there would keep theirs."""
+        for schedule in self._loaded:
+            layer = self._units[schedule].blocks.layers[0]
+            refer_to(layer, {name: p.new_empty(0) for name, p in layer.named_parameters()})
+        self._loaded.clear()
+        self._shard, self._state, self._block = {}, {}, None
 
     def _built(self, schedule: BlockSchedule) -> BlockUnit:
         if schedule not in self._units:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_spd.checkpoint.folders import atomic_folder, copy_side_files
 from megatron_spd.checkpoint.hf import CheckpointReader, ShardWriter, all_finite, read_config
+from megatron_spd.checkpoint.safetensors_io import MAX_SHARD_BYTES
 from megatron_spd.errors import CheckpointError, UserError
 from megatron_spd.plan import SPDPlan
 
@@ -26,7 +27,7 @@ def export(
     plan: SPDPlan,
     blocks: Callable[[int], Mapping[str, Tensor]],
     out: Path,
-    max_shard_bytes: int = 5 * 1024**3,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the SPD model that ``plan`` makes of ``reader``'s model to the folder ``out``, which appears whole or not.
 

@@ -150,7 +150,8 @@ class MegatronReader(CheckpointReader):
                 f"{self.store.folder}: parameters of layer {block} do not divide into the {self.heads} heads and "
                 f"{self.kv_groups} key/value groups of {self.folder}/config.json; it is another model"
             ) from None
-        return unshard_block(shards, self.family)
+        # Without a plan no block has tensors of branches.
+        return unshard_block(shards, self.family, 1 if self.plan is None else self.plan.branches)
 
     def _check_unused(self) -> None:
         """Raise CheckpointError for a parameter that the model does not have, unless it is a bias of zeros: Megatron

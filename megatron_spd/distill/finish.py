@@ -40,7 +40,7 @@ from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import Runtime, tensor_parallel_seed
 
 #: Sequences whose answers of the plain model are streamed together, each block read once for all of them.
-_AHEAD = 64
+AHEAD = 64
 
 _RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -173,7 +173,7 @@ class _Pass:
         coming = dict.fromkeys(i for step in self.steps for batch in step for i in batch.tolist())
         after = itertools.dropwhile(lambda i: i not in wanted, coming)
         ahead = (i for i in after if i not in self.states)
-        numbers = sorted({*wanted, *itertools.islice(ahead, _AHEAD)})
+        numbers = sorted({*wanted, *itertools.islice(ahead, AHEAD)})
         stream = self.streamer.embed(self.tokens[numbers])
         for block in range(self.plan.num_layers):
             stream = self.streamer.advance(block, stream)

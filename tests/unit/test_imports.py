@@ -23,7 +23,7 @@ LEVELS: list[set[str]] = [
     {"checkpoint", "calibration"},
     {"sensitivity", "grouping", "distill", "evaluate", "latency", "serving"},
     {"report", "stages", "compensation", "planning", "optimizing", "converting", "exchange", "run_folder"},
-    {"pipeline", "curve", "curve_variants", "commands"},
+    {"pipeline", "curve", "curve_variants", "commands", "scale"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
