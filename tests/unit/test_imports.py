@@ -23,7 +23,7 @@ LEVELS: list[set[str]] = [
     {"checkpoint", "calibration"},
     {"sensitivity", "grouping", "distill", "evaluate", "latency", "serving"},
     {"report", "stages", "compensation", "planning", "optimizing", "run_folder"},
-    {"pipeline", "curve", "curve_variants", "commands"},
+    {"pipeline", "curve", "curve_variants", "commands", "finetune"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
@@ -31,7 +31,7 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 #: Who may import a framework.
 PLACES: dict[str, set[str]] = {
     "deepspeed": {"runtime", "distill"},
-    "megatron": {"runtime", "layers", "models", "calibration", "distill", "evaluate", "latency"},
+    "megatron": {"runtime", "layers", "models", "calibration", "distill", "evaluate", "latency", "finetune"},
     "wandb": {"distill"},
     "lm_eval": {"evaluate"},
     "datasets": {"evaluate"},
