@@ -10,12 +10,13 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_spd.calibration.stream import model_shape
 from megatron_spd.checkpoint.export import export, planned_tensors
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.distill.gather import full_block
 from megatron_spd.errors import UserError
 from megatron_spd.layers.spec import pipeline_plan, stage_blocks
-from megatron_spd.models.build import ModelShape, outer_parameters
+from megatron_spd.models.build import outer_parameters
 from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import Runtime
 from megatron_spd.stages import package_versions
@@ -54,7 +55,7 @@ class _Weights:
 
     def __init__(self, reader: CheckpointReader, plan: SPDPlan, model: GPTModel, runtime: Runtime) -> None:
         self.reader, self.plan, self.model, self.runtime = reader, plan, model, runtime
-        self.shape = ModelShape(reader.family, reader.config, reader.head_dim)
+        self.shape = model_shape(reader)
         self.dtype = model.config.params_dtype
         self.mine = stage_blocks(model.config)
         self.outer: dict[str, Tensor] = {}
