@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -256,6 +256,13 @@ class SPDPlan:
         return dataclasses.replace(
             self,
             sync_points=[NONE if p in dropped else names[p % 2] for p in range(len(self.sync_points))],
+        )
+
+    def synced_behind(self, blocks: Collection[int]) -> SPDPlan:
+        """A copy in which the MLP points of ``blocks`` are not dropped; numbers that are no block's are passed over."""
+        behind = {p for p in self.dropped if p % 2 and p // 2 in blocks}
+        return dataclasses.replace(
+            self, sync_points=[FULL if p in behind else c for p, c in enumerate(self.sync_points)]
         )
 
     def with_block(self, block: int, **changes: Any) -> SPDPlan:

@@ -28,6 +28,7 @@ def export(
     blocks: Callable[[int], Mapping[str, Tensor]],
     out: Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    trained: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write the SPD model that ``plan`` makes of ``reader``'s model to the folder ``out``, which appears whole or not.
 
@@ -35,21 +36,23 @@ def export(
     plan's order, with the branch tensors [G, h] (shift, norm weight and bias) that the plan gives the block; it is
     called once per block, in order. They are stored in the dtype of the base model, under the family's usual names.
     ``config.json`` is the base model's with its own ``model_type`` (a loader without our code refuses it), the plan,
-    and ``auto_map`` to the copied code.
+    and ``auto_map`` to the copied code. ``trained(name)``: the embedding, the final norm and the output layer where
+    they were trained as well (default: ``reader``'s); ``reader`` may then be itself an export.
 
-    Raises PlanError if the plan is of another model; CheckpointError if ``reader`` is itself an export, or a block's
-    tensors are not those of the plan or not finite; UserError if ``out`` holds anything but an earlier export of the
+    Raises PlanError if the plan is of another model; CheckpointError if ``reader`` is an export (without ``trained``),
+    or a tensor is not that of the plan or not finite; UserError if ``out`` holds anything but an earlier export of the
     same plan, which is replaced, or the disk is full.
     """
-    if reader.plan is not None:
+    if reader.plan is not None and trained is None:
         raise CheckpointError(
             f"{reader.folder} is an SPD export already; give the plain model it was made from"
         )
-    plan.check_model(reader.fingerprint(), str(reader.folder))
+    plan.check_model(reader.base_model().fingerprint, str(reader.folder))
+    outer = trained or reader.get
     with atomic_folder(Path(out), may_replace=lambda folder: _holds_export_of(folder, plan)) as folder:
         writer = ShardWriter(folder, max_shard_bytes)
         for name in reader.outer_names():
-            writer.add(name, reader.get(name))
+            _add_outer(writer, reader, name, outer)
         for block in range(plan.num_layers):
             weights = blocks(block)
             _check_block(reader, plan, block, weights)
@@ -59,6 +62,16 @@ def export(
         writer.close()
         copy_side_files(reader.folder, folder)
         write_spd_config(folder, spd_config(reader, plan))
+
+
+def _add_outer(
+    writer: ShardWriter, reader: CheckpointReader, name: str, outer: Callable[[str], Tensor]
+) -> None:
+    """Write a tensor that belongs to no block, in the base model's dtype."""
+    tensor = outer(name)
+    if not all_finite(tensor):
+        raise CheckpointError(f"to export: {name} holds NaN or infinity; train again with a lower rate")
+    writer.add(name, tensor.to(reader.dtype(name)))
 
 
 def write_spd_config(folder: Path, config: dict[str, Any]) -> None:
@@ -101,12 +114,17 @@ def _stored_dtype(reader: CheckpointReader, block: int, name: str) -> torch.dtyp
     return reader.dtype(full)
 
 
+def planned_tensors(reader: CheckpointReader, plan: SPDPlan, block: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that an export of ``reader``'s model under ``plan`` has in ``block``."""
+    family = reader.family
+    tensors = {name: reader.shape(family.block_name(block, name)) for name in reader.block_names(block)}
+    planned = family.planned_branch_tensors(plan.blocks[block])
+    return tensors | {entry.source: (plan.branches, reader.hidden_size) for entry in planned}
+
+
 def _check_block(reader: CheckpointReader, plan: SPDPlan, block: int, weights: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless ``weights`` are the tensors that the model and the plan want in this block."""
-    family = reader.family
-    expected = {name: reader.shape(family.block_name(block, name)) for name in reader.block_names(block)}
-    planned = family.planned_branch_tensors(plan.blocks[block])
-    expected |= {entry.source: (plan.branches, reader.hidden_size) for entry in planned}
+    expected = planned_tensors(reader, plan, block)
     if expected.keys() != weights.keys():
         wrong = sorted(expected.keys() ^ weights.keys())
         raise CheckpointError(f"block {block} to export: tensors {wrong} are missing or not in the plan")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from megatron_spd.errors import UserError
 from megatron_spd.models.family import ModelFamily
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -49,9 +50,16 @@ def split_layer_name(name: str) -> tuple[int, str] | None:
 
 
 def outer_parameters(family: ModelFamily, tied: bool) -> dict[str, str]:
-    """Hugging Face names of the tensors that belong to no block, and the parameters that hold them."""
-    outer = {family.embedding: EMBEDDING, family.final_norm: FINAL_NORM}
-    return outer if tied else outer | {family.output_layer: OUTPUT_LAYER}
+    """Hugging Face names of the tensors that belong to no block, and the parameters that hold them. Raises UserError for
+    a family of which a Megatron checkpoint cannot hold all."""
+    tensors = family.outer_tensors(tied)
+    for entry in tensors:
+        if entry.offset:
+            raise UserError(
+                f"a Megatron checkpoint has no place for the first {entry.offset} rows of {entry.name} of a "
+                f"{family.model_type} model; keep it as a Hugging Face folder"
+            )
+    return {entry.name: entry.parameter for entry in tensors}
 
 
 def canonical(name: str) -> str:

@@ -35,7 +35,7 @@ from megatron_spd.distill.settings import FinishSettings
 from megatron_spd.distill.tracking import Tracker
 from megatron_spd.distill.units import FinishStore
 from megatron_spd.errors import UserError
-from megatron_spd.models.build import DTYPES, ModelShape, build_gpt_model, causal_mask
+from megatron_spd.models.build import DTYPES, ModelShape, build_gpt_model, causal_mask, vocabulary_rows
 from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import Runtime, tensor_parallel_seed
 
@@ -108,8 +108,7 @@ class _Student(nn.Module):
         tied = model.share_embeddings_and_output_weights
         table = model.embedding.word_embeddings.weight if tied else model.output_layer.weight
         self._table = [table]  # in a list: the parameter has its name already
-        rows = len(table)
-        self._rows = max(0, min(rows, shape.hf_config["vocab_size"] - runtime.tp_rank * rows))
+        self._rows = vocabulary_rows(len(table), shape.hf_config["vocab_size"], runtime)
 
     def forward(self, tokens: Tensor, teacher: Tensor) -> Tensor:
         """Mean KL divergence, in nats, for ``tokens`` [b, s] and the plain model's states behind its last block

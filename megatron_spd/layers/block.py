@@ -17,17 +17,29 @@ otherwise used by decoder-only models), so it survives activation recomputation.
 
 Between layers inside a segment the gradient of ``hidden_states`` is a partial sum over ranks (see
 ``comm/autograd.py``).
+
+Sequence parallel: between segments X is cut along the sequence, [s / M, b, h]. A segment's entry gathers it, once for
+all its uses, and what leaves is the rank's part of X plus a reduce-scatter of the pending sums; backward the two
+change places. Inside a segment nothing is cut. Gradients of norms and output biases are partial sums then, and
+marked as Megatron-core marks them: its ``finalize_model_grads`` sums them once per step (or see ``layers/norm.py``).
 """
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_data_parallel_rng_tracker_name
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_pg_rank
 from torch import Tensor, nn
@@ -72,6 +84,7 @@ class SPDTransformerLayer(TransformerLayer):
         self.schedule = schedule
         ranks = self.tp_group.size()
         self.share = BranchShare(schedule.branches, ranks, self.tp_group.rank(), branch_group)
+        self._sequence_parallel = self.config.sequence_parallel and ranks > 1
         self._collectives = {
             "attention": low_bit_format(schedule.attention_collective),
             "mlp": low_bit_format(schedule.mlp_collective),
@@ -102,7 +115,8 @@ class SPDTransformerLayer(TransformerLayer):
         rotary_pos_emb: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """``hidden_states`` X [s, b, h] and ``context`` P [B, s, b, h] (None right after a sync) -> the same two."""
+        """``hidden_states`` X [s, b, h] and ``context`` P [B, s, b, h] (None right after a sync, where a
+        sequence-parallel X is [s / M, b, h]) -> the same two."""
         attention_kwargs = {k: kwargs[k] for k in _ATTENTION_ARGUMENTS if k in kwargs}
         shared = self._shared_parameters()
 
@@ -122,6 +136,8 @@ class SPDTransformerLayer(TransformerLayer):
             for norm in _NORMS.values()
             for name, p in getattr(self, norm).named_parameters()
         }
+        if self._sequence_parallel:
+            return named  # summed once per step, not in every backward pass
         if self.schedule.drop_attention and self.self_attention.linear_proj.bias is not None:
             named["attention/output_bias"] = self.self_attention.linear_proj.bias
         if isinstance(self.mlp, BranchMoE):
@@ -146,20 +162,26 @@ class SPDTransformerLayer(TransformerLayer):
         """One step of the rule: X [s, b, h], P [B, s, b, h] or None -> the same two."""
         shift, drop = shared.get(f"{name}_shift"), getattr(self.schedule, f"drop_{name}")
         if pending is None:
-            x = enter_segment(x, self.tp_group)
+            x = self._enter(x)
         branch_input = x.unsqueeze(0) if pending is None else x + pending
         if shift is not None:
             branch_input = branch_input + shift[:, None, None, :]
         output, bias = sublayer(self._norm(name, shared, branch_input))
-        if drop and bias is not None:
-            bias = shared[f"{name}/output_bias"]
+        bias = shared.get(f"{name}/output_bias", bias)
         output, bias = self._dropout(output, bias)
+        if bias is not None and (drop or self._sequence_parallel):
+            x, bias = x + bias, None
         if drop:
             output = self.share.add_up(output)
-            x = x if bias is None else x + bias
             return x, output if pending is None else pending + output
         x = self._sync(x, output, pending, self._collectives[name])
         return x if bias is None else x + bias, None
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """X for use inside a segment, [s, b, h]."""
+        if self._sequence_parallel:
+            return gather_from_sequence_parallel_region(x, group=self.tp_group)
+        return enter_segment(x, self.tp_group)
 
     def _sync(
         self, x: Tensor, output: Tensor, pending: Tensor | None, collective: CollectiveFormat | None
@@ -170,6 +192,9 @@ class SPDTransformerLayer(TransformerLayer):
         total = output[0]
         if pending is not None and self.share.leads:
             total = total + (pending[0] if pending.shape[0] == 1 else pending.sum(0))
+        if self._sequence_parallel:
+            own = x.chunk(self.tp_group.size())[self.tp_group.rank()]
+            return own + reduce_scatter_to_sequence_parallel_region(total, group=self.tp_group)
         return leave_segment(x, total, self.tp_group, collective)
 
     def _norm(self, sublayer: Sublayer, shared: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -197,8 +222,16 @@ class SPDTransformerLayer(TransformerLayer):
         it."""
         if not self.training or self.hidden_dropout == 0.0:
             return output, bias
-        mask = F.dropout(torch.ones_like(output[0]), self.hidden_dropout)
+        with self._same_random_state():
+            mask = F.dropout(torch.ones_like(output[0]), self.hidden_dropout)
         return output * mask, None if bias is None else bias * mask
+
+    def _same_random_state(self) -> contextlib.AbstractContextManager[None]:
+        """Numbers drawn inside are the same on all ranks: a sequence-parallel TransformerBlock runs its layers on
+        random states that differ."""
+        if not self._sequence_parallel:
+            return contextlib.nullcontext()
+        return get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name())
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -24,6 +24,8 @@ class BranchColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, *args: Any, local_branches: int, stride: int = 1, **kwargs: Any) -> None:
         # The gradient of the input is summed once per segment, not once per linear.
         super().__init__(*args, stride=stride, disable_grad_reduce=True, **kwargs)
+        # Nor is its input gathered here: the segment has done it.
+        self.sequence_parallel = False
         self.local_branches = local_branches
         self.parts = stride
 

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_spd.errors import UserError
-from megatron_spd.layers.spec import block_submodules, get_gpt_layer_spd_spec
-from megatron_spd.models.family import BlockSettings, ModelFamily
+from megatron_spd.layers.spec import block_submodules, get_gpt_layer_spd_spec, stage_blocks
+from megatron_spd.models.family import BlockSettings, ModelFamily, OuterTensor
 from megatron_spd.models.weights import Weights, from_megatron, shard_block, to_megatron
 from megatron_spd.plan import BlockSchedule, SPDPlan
+from megatron_spd.runtime.cpu import cuda_on_cpu
 from megatron_spd.runtime.distributed import Runtime
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -260,42 +261,58 @@ def build_gpt_model(
     fused_attention: bool = False,
     **overrides: Any,
 ) -> GPTModel:
-    """The whole model on this rank under ``plan``, weights loaded.
+    """The model under ``plan`` on this rank, or this rank's pipeline stage of it, weights loaded.
 
-    ``block_weights(i)``: full Hugging Face tensors of block ``i`` in the plan's permuted order;
-    ``tensor(name)``: any other tensor. The vocabulary is padded with zero rows to a multiple of M;
+    ``block_weights(i)``: full Hugging Face tensors of block ``i`` in the plan's permuted order; only the stage's blocks
+    are asked for. ``tensor(name)``: any other tensor. The vocabulary is padded with zero rows to a multiple of M;
     ``logits[..., :vocab_size]`` are the model's. ``fused_attention``: for evaluation and inference (no dropout).
+    ``overrides``: of Megatron-core's config, uneven stages among them. What ``plan`` drops at a stage's end is
+    synced there (:func:`megatron_spd.layers.spec.pipeline_plan`).
     """
     hf, family = shape.hf_config, shape.family
-    config = transformer_config(shape, runtime, dtype, **overrides)
-    tied = family.is_tied(hf)
+    stages = {"pipeline_model_parallel_size": runtime.pp_size}
+    config = transformer_config(shape, runtime, dtype, **(stages | overrides))
     vocab = -(-hf["vocab_size"] // runtime.tp_size) * runtime.tp_size
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_spd_spec(config, plan, fused_attention),
-        vocab_size=vocab,
-        max_sequence_length=hf.get("max_position_embeddings", 2048),
-        share_embeddings_and_output_weights=tied,
-        position_embedding_type="rope" if family.positions is None else "learned_absolute",
-    )
+    with cuda_on_cpu():
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=get_gpt_layer_spd_spec(config, plan, fused_attention),
+            vocab_size=vocab,
+            max_sequence_length=hf.get("max_position_embeddings", 2048),
+            share_embeddings_and_output_weights=family.is_tied(hf),
+            position_embedding_type="rope" if family.positions is None else "learned_absolute",
+            pre_process=runtime.pp_rank == 0,
+            post_process=runtime.pp_rank == runtime.pp_size - 1,
+        )
     mark_tensor_parallel(model)
     _place(model, runtime.device, dtype)
-    embedding = _vocabulary_shard(tensor(family.embedding), vocab, runtime)
-    model.embedding.word_embeddings.weight.data.copy_(embedding)
-    if not tied:
-        model.output_layer.weight.data.copy_(_vocabulary_shard(tensor(family.output_layer), vocab, runtime))
     if family.positions is None:
         model.rotary_pos_emb = make_rotary(shape, runtime.device)
-    else:
-        rows = tensor(family.positions.name)[family.positions.offset :]
-        model.embedding.position_embeddings.weight.data.copy_(rows)
-    model.decoder.final_layernorm.weight.data.copy_(tensor(family.final_norm))
-    if family.final_norm_bias is not None:
-        model.decoder.final_layernorm.bias.data.copy_(tensor(family.final_norm_bias))
-    for i, layer in enumerate(model.decoder.layers):
+    for entry, parameter in outer_parameters(model, family).items():
+        given = tensor(entry.name)
+        parameter.data.copy_(
+            _vocabulary_shard(given, vocab, runtime) if entry.vocabulary else given[entry.offset :]
+        )
+    for i, layer in zip(stage_blocks(config), model.decoder.layers, strict=True):
         shard = shard_block(block_weights(i), family, runtime.tp_rank, runtime.tp_size)
         load_layer(layer, shard, shape, runtime)
     return model
+
+
+def outer_parameters(model: GPTModel, family: ModelFamily) -> dict[OuterTensor, nn.Parameter]:
+    """What a stage has outside its blocks. A tied table is the embedding on the first stage and a copy of it on the
+    last, whose gradients Megatron-core sums."""
+    own = dict(model.named_parameters())
+    tied = model.share_embeddings_and_output_weights
+    found = {t: own[t.parameter] for t in family.outer_tensors(tied) if t.parameter in own}
+    if tied and model.post_process and not model.pre_process:
+        found |= {t: model.output_layer.weight for t in family.outer_tensors(tied) if t.vocabulary}
+    return found
+
+
+def vocabulary_rows(rows: int, vocab_size: int, runtime: Runtime) -> int:
+    """How many of this rank's ``rows`` of a table hold tokens; the others pad the vocabulary."""
+    return max(0, min(rows, vocab_size - runtime.tp_rank * rows))
 
 
 def _vocabulary_shard(weight: Tensor, vocab: int, runtime: Runtime) -> Tensor:

@@ -64,6 +64,25 @@ class LearnedPositions:
 
 
 @dataclass(frozen=True)
+class OuterTensor:
+    """A tensor that belongs to no block: its full ``name`` and the GPTModel's ``parameter``.
+
+    ``vocabulary``: it has a row for every token, split over the tensor-parallel ranks. ``offset``: first rows that
+    Megatron-core's table lacks.
+    """
+
+    name: str
+    parameter: str
+    vocabulary: bool = False
+    offset: int = 0
+
+    @property
+    def in_front(self) -> bool:
+        """Whether it stands in front of the blocks, on the first pipeline stage; else on the last."""
+        return self.parameter.startswith("embedding.")
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """One family of models.
 
@@ -105,6 +124,19 @@ class ModelFamily:
     def is_tied(self, hf: Mapping[str, Any]) -> bool:
         """Whether the output layer is the embedding."""
         return bool(hf.get("tie_word_embeddings", self.tied))
+
+    def outer_tensors(self, tied: bool) -> list[OuterTensor]:
+        """What belongs to no block; ``tied``: the output layer is the embedding."""
+        tensors = [OuterTensor(self.embedding, "embedding.word_embeddings.weight", vocabulary=True)]
+        if self.positions is not None:
+            table = "embedding.position_embeddings.weight"
+            tensors.append(OuterTensor(self.positions.name, table, offset=self.positions.offset))
+        tensors.append(OuterTensor(self.final_norm, "decoder.final_layernorm.weight"))
+        if self.final_norm_bias is not None:
+            tensors.append(OuterTensor(self.final_norm_bias, "decoder.final_layernorm.bias"))
+        if not tied:
+            tensors.append(OuterTensor(self.output_layer, "output_layer.weight", vocabulary=True))
+        return tensors
 
     def block_tensors(self, settings: BlockSettings) -> list[HFTensor]:
         """The table's entries that a model with ``settings`` has."""

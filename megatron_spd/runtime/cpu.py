@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core.fusions import fused_softmax
 from megatron.core.tensor_parallel import random as megatron_random
+from torch.overrides import TorchFunctionMode
 
 #: Parameters of the C library's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -70,6 +71,27 @@ def prepare_cpu_runtime() -> None:
     if not isinstance(megatron_random._CUDA_RNG_STATE_TRACKER, CpuRNGStatesTracker):
         megatron_random._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
         megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+class _CudaOnCpu(TorchFunctionMode):
+    """Makes tensors of ``device="cuda"`` and ``Tensor.cuda()`` on the CPU, and calls types those of CUDA tensors."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def cuda_on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """A context for the parts of Megatron-core that ask for CUDA tensors by name: pipeline schedules, tied embeddings
+    of several stages, its optimizers. Does nothing where CUDA is available."""
+    return contextlib.nullcontext() if torch.cuda.is_available() else _CudaOnCpu()
 
 
 def keep_freed_memory() -> None:

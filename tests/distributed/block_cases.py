@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_spd.collective import CollectiveFormat
+from megatron_spd.layers.norm import sum_gradients_in_backward
 from megatron_spd.models.build import BlockUnit, ModelShape, layer_shard
 from megatron_spd.models.llama import LLAMA
 from megatron_spd.models.tables import block_tables
 from megatron_spd.models.weights import unshard_block
 from megatron_spd.plan import BaseModel, SPDPlan
-from megatron_spd.runtime.distributed import Runtime, initialize
+from megatron_spd.runtime.distributed import Runtime, initialize, tensor_parallel_seed
 from tests.reference import Shape, blocks_forward, random_block
 
 #: A Llama whose MLP has no gate.
@@ -29,7 +30,7 @@ PLAIN = dataclasses.replace(LLAMA, tables=block_tables(gated=False))
 class Case:
     """A run of blocks with random weights. ``dropped``: sync points; ``shifts``, ``norms``: sublayers whose input
     has a shift, whose norm has a weight and bias for every branch, named by the point after the sublayer.
-    ``collective``: of all kept points, the same bits in both steps."""
+    ``collective``: of all kept points, the same bits in both steps. ``length``: of the sequences."""
 
     branches: int
     layers: int
@@ -45,6 +46,8 @@ class Case:
     collective: str = "full"
     dropout: float = 0.0
     recompute: bool = False
+    sequence_parallel: bool = False
+    length: int = 7
     dtype: str = "float32"
     seed: int = 0
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -82,17 +85,17 @@ class Case:
         ]
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """Input and upstream gradient, [7, 2, h]."""
+        """Input and upstream gradient, [length, 2, h]."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        x, up = torch.randn(2, 7, 2, self.hidden, generator=generator, dtype=torch.float64)
+        x, up = torch.randn(2, self.length, 2, self.hidden, generator=generator, dtype=torch.float64)
         return x, up
 
     def masks(self) -> dict[int, Tensor] | None:
-        """The dropout masks that the layers will draw from the default generator seeded with 77."""
+        """The dropout masks that the layers will draw from a generator seeded with 77."""
         if not self.dropout:
             return None
         torch.manual_seed(77)
-        ones = torch.ones(7, 2, self.hidden)
+        ones = torch.ones(self.length, 2, self.hidden)
         return {p: torch.nn.functional.dropout(ones, self.dropout).double() for p in range(2 * self.layers)}
 
 
@@ -135,12 +138,33 @@ def build_case(case: Case, runtime: Runtime) -> BlockUnit:
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
+    if case.sequence_parallel:
+        overrides["sequence_parallel"] = True
     schedules = [case.plan().block_schedule(i) for i in range(case.layers)]
     dtype = getattr(torch, case.dtype)
     unit = BlockUnit(_model_shape(case), schedules, runtime, dtype, hidden_dropout=case.dropout, **overrides)
     for i, weights in enumerate(case.weights()):
         unit.load_block(i, weights)
+    if case.sequence_parallel:
+        sum_gradients_in_backward(unit, runtime.tp_group)
     return unit
+
+
+def forward(unit: BlockUnit, x: Tensor, case: Case) -> Tensor:
+    """The unit's output for ``x`` [s, b, h]; this rank's part of it for its part of ``x``, cut along the sequence, if
+    ``case`` is sequence parallel."""
+    if not case.sequence_parallel:
+        return unit(x)
+    mask, rotary = unit._mask_and_rotary(case.length)
+    return unit.blocks(x, attention_mask=mask, rotary_pos_emb=rotary)
+
+
+def inputs(case: Case, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """Input (a leaf) and upstream gradient as this rank gets them."""
+    x, up = (t.to(getattr(torch, case.dtype)) for t in case.data())
+    if case.sequence_parallel:
+        x, up = (t.chunk(runtime.tp_size)[runtime.tp_rank] for t in (x, up))
+    return x.clone().requires_grad_(), up
 
 
 def megatron_result(case: Case, ranks: int) -> dict[str, Tensor]:
@@ -148,16 +172,24 @@ def megatron_result(case: Case, ranks: int) -> dict[str, Tensor]:
     (asserted)."""
     runtime = initialize(ranks, seed=5)
     unit = build_case(case, runtime)
-    dtype = getattr(torch, case.dtype)
-    x, up = (t.to(dtype) for t in case.data())
-    x.requires_grad_()
+    x, up = inputs(case, runtime)
     torch.manual_seed(77)
-    out = unit(x)
+    tensor_parallel_seed(77)
+    out = forward(unit, x, case)
     out.backward(up)
-    result = {"out": out.detach(), "x": x.grad, **_full_grads(unit, case, runtime)}
-    for name in ("out", "x"):
-        _assert_same_on_all_ranks(name, result[name], runtime)
-    return result
+    result = {"out": out.detach(), "x": x.grad}
+    for name, tensor in result.items():
+        if case.sequence_parallel:
+            result[name] = _gathered(tensor, runtime)
+        else:
+            _assert_same_on_all_ranks(name, tensor, runtime)
+    return result | _full_grads(unit, case, runtime)
+
+
+def _gathered(part: Tensor, runtime: Runtime) -> Tensor:
+    parts: list[Any] = [None] * runtime.tp_size
+    dist.all_gather_object(parts, part, group=runtime.tp_group)
+    return torch.cat(parts)
 
 
 def _full_grads(unit: BlockUnit, case: Case, runtime: Runtime) -> dict[str, Tensor]:

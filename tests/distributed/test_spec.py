@@ -59,15 +59,24 @@ def refusal(case: Case, ranks: int, changes: dict[str, Any]) -> str:
         (2, {}, "M = 2 ranks cannot run a plan of G = 3 branches; M may be one of [1, 3, 6, 12]"),
         (4, {}, "M = 4 ranks"),
         (1, {"num_layers": 5}, "num_layers = 5, the plan is for 4"),
-        (3, {"sequence_parallel": True}, "sequence_parallel"),
-        (1, {"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size"),
+        (1, {"context_parallel_size": 2}, "context_parallel_size = 2: Megatron-core's attention"),
         (1, {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.01}, "moe_aux_loss_coeff"),
         (1, {"num_moe_experts": 4, "moe_shared_expert_intermediate_size": 8}, "shared_expert"),
+        (
+            3,
+            {"num_moe_experts": 4, "moe_aux_loss_coeff": 0, "sequence_parallel": True},
+            "sequence_parallel with exp",
+        ),
         (1, {"fp32_residual_connection": True}, "fp32_residual_connection"),
     ],
 )
 def test_what_does_not_fit_is_refused(ranks: int, changes: dict[str, Any], message: str) -> None:
     assert message in run_ranks(1, refusal, CASE, ranks, changes)[0]
+
+
+def test_low_bit_points_are_refused_under_sequence_parallelism() -> None:
+    case = dataclasses.replace(CASE, collective="int4")
+    assert "low-bit sync points" in run_ranks(1, refusal, case, 3, {"sequence_parallel": True})[0]
 
 
 def branch_sharding(branches: int, ranks: int) -> dict[str, tuple]:

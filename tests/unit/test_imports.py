@@ -23,7 +23,7 @@ LEVELS: list[set[str]] = [
     {"checkpoint", "calibration"},
     {"sensitivity", "grouping", "distill", "evaluate", "latency", "serving"},
     {"report", "stages", "compensation", "planning", "optimizing", "converting", "exchange", "run_folder"},
-    {"pipeline", "curve", "curve_variants", "commands", "scale"},
+    {"pipeline", "curve", "curve_variants", "commands", "scale", "finetune"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
@@ -40,6 +40,7 @@ PLACES: dict[str, set[str]] = {
         "distill",
         "evaluate",
         "latency",
+        "finetune",
     },
     "wandb": {"distill"},
     "lm_eval": {"evaluate"},
