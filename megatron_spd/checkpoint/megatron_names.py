@@ -50,8 +50,10 @@ def split_layer_name(name: str) -> tuple[int, str] | None:
 
 
 def outer_parameters(family: ModelFamily, tied: bool) -> dict[str, str]:
-    """Hugging Face names of the tensors that belong to no block, and the parameters that hold them. Raises UserError for
-    a family of which a Megatron checkpoint cannot hold all."""
+    """Hugging Face names of the tensors that belong to no block, and the parameters that hold them.
+
+    Raises UserError for a family of which a Megatron checkpoint cannot hold everything.
+    """
     tensors = family.outer_tensors(tied)
     for entry in tensors:
         if entry.offset:

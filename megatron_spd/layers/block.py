@@ -137,7 +137,7 @@ class SPDTransformerLayer(TransformerLayer):
             for name, p in getattr(self, norm).named_parameters()
         }
         if self._sequence_parallel:
-            return named  # summed once per step, not in every backward pass
+            return named | self._own_vectors()  # summed once per step, not in every backward pass
         if self.schedule.drop_attention and self.self_attention.linear_proj.bias is not None:
             named["attention/output_bias"] = self.self_attention.linear_proj.bias
         if isinstance(self.mlp, BranchMoE):
