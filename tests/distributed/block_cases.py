@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,14 @@ from torch import Tensor
 from megatron_spd.collective import CollectiveFormat
 from megatron_spd.models.build import BlockUnit, ModelShape, layer_shard
 from megatron_spd.models.llama import LLAMA
+from megatron_spd.models.tables import block_tables
 from megatron_spd.models.weights import unshard_block
 from megatron_spd.plan import BaseModel, SPDPlan
 from megatron_spd.runtime.distributed import Runtime, initialize
 from tests.reference import Shape, blocks_forward, random_block
+
+#: A Llama whose MLP has no gate.
+PLAIN = dataclasses.replace(LLAMA, tables=block_tables(gated=False))
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def _model_shape(case: Case) -> ModelShape:
         "attention_bias": case.biases,
         "max_position_embeddings": 64,
     }
-    return ModelShape(LLAMA, config, case.shape.head_dim)
+    return ModelShape(LLAMA if case.gated else PLAIN, config, case.shape.head_dim)
 
 
 def build_case(case: Case, runtime: Runtime) -> BlockUnit:
@@ -130,21 +135,12 @@ def build_case(case: Case, runtime: Runtime) -> BlockUnit:
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    if not case.gated:
-        overrides["gated_linear_unit"] = False
     schedules = [case.plan().block_schedule(i) for i in range(case.layers)]
     dtype = getattr(torch, case.dtype)
     unit = BlockUnit(_model_shape(case), schedules, runtime, dtype, hidden_dropout=case.dropout, **overrides)
     for i, weights in enumerate(case.weights()):
-        unit.load_block(i, _plain_mlp(weights) if not case.gated else weights)
+        unit.load_block(i, weights)
     return unit
-
-
-def _plain_mlp(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The family's table stacks gate and up; a plain MLP has up alone, which an empty gate leaves as it is."""
-    up = {n: t for n, t in weights.items() if n.startswith("mlp.up_proj")}
-    empty = {n.replace("up_proj", "gate_proj"): t[:0] for n, t in up.items()}
-    return weights | empty
 
 
 def megatron_result(case: Case, ranks: int) -> dict[str, Tensor]:
@@ -169,8 +165,8 @@ def _full_grads(unit: BlockUnit, case: Case, runtime: Runtime) -> dict[str, Tens
     for i, weights in enumerate(case.weights()):
         for p in unit.blocks.layers[i].parameters():
             p.data = p.grad if p.grad is not None else torch.zeros_like(p)
-        names = [n for n in weights if case.gated or "gate" not in n]
-        shard = {n: t.contiguous() for n, t in _grad_shard(unit, i, names, case.gated).items()}
+        shard = layer_shard(unit.blocks.layers[i], weights, unit.shape, unit.runtime)
+        shard = {n: t.contiguous() for n, t in shard.items()}
         for name, tensor in shard.items():
             if LLAMA.tensor(name).dim is None:
                 _assert_same_on_all_ranks(f"{i}.{name}", tensor, runtime)
@@ -178,17 +174,6 @@ def _full_grads(unit: BlockUnit, case: Case, runtime: Runtime) -> dict[str, Tens
         dist.all_gather_object(shards, shard, group=runtime.tp_group)
         full |= {f"{i}.{n}": t for n, t in unshard_block(shards, LLAMA).items()}
     return full
-
-
-def _grad_shard(unit: BlockUnit, i: int, names: Sequence[str], gated: bool) -> dict[str, Tensor]:
-    if gated:
-        return layer_shard(unit.blocks.layers[i], names, unit.shape, unit.runtime)
-    layer = dict(unit.blocks.layers[i].named_parameters())
-    shard = layer_shard(
-        unit.blocks.layers[i], [n for n in names if "up_proj" not in n], unit.shape, unit.runtime
-    )
-    shard |= {n: layer[n.replace("up_proj", "linear_fc1")].detach() for n in names if "up_proj" in n}
-    return shard
 
 
 def _assert_same_on_all_ranks(name: str, tensor: Tensor, runtime: Runtime) -> None:
