@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_spd.errors import UserError
 from tests.families import make_model
 from tests.models import make_export
 from tests.serving.cases import NEW
@@ -16,10 +19,19 @@ pytestmark = NEEDS_VLLM
 #: vLLM's attention on a CPU takes heads of 32 channels.
 SIZES = {"opt": {"hidden_size": 256, "word_embed_proj_dim": 256}}
 PROMPTS = [[5, 17, 100, 42, 9], [250], list(range(30, 85))]
-SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("mistral with a window", "qwen2")]
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("qwen2", "qwen3")]
 
 
-@pytest.mark.parametrize("case", ["opt", "qwen3 with biases", *SLOW])
+def test_what_vllms_model_would_leave_out_is_refused() -> None:
+    from megatron_spd.serving.vllm.checks import check_model
+
+    for bias in False, True:
+        config = SimpleNamespace(model_type="spd_qwen3", attention_bias=bias)
+        with pytest.raises(UserError, match="no bias behind its attention") if bias else nullcontext():
+            check_model(config)
+
+
+@pytest.mark.parametrize("case", ["opt", "mistral with a window", *SLOW])
 def test_two_branches_on_each_of_two_ranks(tmp_path: Path, case: str) -> None:
     base = make_model(
         case, tmp_path / "plain", **SIZES.get(case, {"head_dim": 32}), max_position_embeddings=256

@@ -78,11 +78,8 @@ def _divergence(streamer: BlockStreamer, plan: SPDPlan, tokens: Tensor) -> float
         wanted = streamer.advance(block, wanted)
         x, pending = streamer.advance_pending(block, plan.block_schedule(block), x, pending)
     head = OutputLayer(streamer.reader.final_norm(), streamer.reader.output_table())
-    return float(
-        torch.cat(
-            [head.divergence(a.flatten(0, 1), b.flatten(0, 1)) for a, b in zip(x, wanted, strict=True)]
-        ).mean()
-    )
+    pairs = zip(x, wanted, strict=True)
+    return float(torch.cat([head.divergence(*(t[:-1].flatten(0, 1) for t in pair)) for pair in pairs]).mean())
 
 
 def main() -> None:

@@ -27,9 +27,20 @@ class SPDOptionsCheck(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Raise UserError for options under which the export would not compute the plan."""
-        plan = plan_of(vllm_config.model_config.hf_config)
+        config = vllm_config.model_config.hf_config
+        check_model(config)
+        plan = plan_of(config)
         if plan is not None:
             check_options(plan, vllm_config)
+
+
+def check_model(config: PreTrainedConfig) -> None:
+    """Raise UserError for an export of a model that vLLM's class of its family does not compute."""
+    if config.model_type == "spd_qwen3" and getattr(config, "attention_bias", False):
+        raise UserError(
+            "vLLM's Qwen3 has no bias behind its attention (attention_bias = true) and would leave this model's out; "
+            "serve it in transformers"
+        )
 
 
 def check_options(plan: SPDPlan, vllm_config: VllmConfig) -> None:
