@@ -158,7 +158,7 @@ def megatron_result(folder: Path, ranks: int) -> dict[str, Tensor]:
             if not getattr(parameter, "tensor_model_parallel", False):
                 assert_same_on_all_ranks(f"{i}.{name}", gradient, runtime)
             parameter.data = gradient
-        full = full_block(layer, reader.block_names(i), shape, runtime)
+        full = full_block(layer, reader.block_names(i), shape, reader.plan.branches, runtime)
         result |= {f"{i}.{name}": tensor for name, tensor in full.items()}
     return result
 

@@ -58,7 +58,7 @@ def test_blocks_go_to_megatron_and_back(tmp_path: Path, case: str, ranks: int) -
     for rank in range(ranks):
         state = to_megatron(shard_block(weights, family, rank, ranks), family, groups, parameters)
         back.append(from_megatron(state, family, groups, reader.head_dim, weights))
-    full = unshard_block(back, family)
+    full = unshard_block(back, family, 1)
     assert full.keys() == weights.keys()
     assert all(torch.equal(full[name], tensor) for name, tensor in weights.items())
 
