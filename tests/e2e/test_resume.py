@@ -325,7 +325,7 @@ def swept(
         return None, read
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 1), (2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("first", "then"), [(1, 1), (2, 2), (2, 1), (1, 2), (4, 1), (1, 4)])
 def test_an_interrupted_sweep_goes_on_under_any_number_of_ranks(
     work: Path, tmp_path: Path, first: int, then: int
 ) -> None:

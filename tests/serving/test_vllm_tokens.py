@@ -68,6 +68,16 @@ def only_low_bit(calls: list[list[object]], expected: list[list[object]]) -> lis
     return [call for call in calls if call[0] == "all_to_all_single" or call in expected]
 
 
+@pytest.mark.parametrize(
+    ("branches", "ranks"), [(1, 2), pytest.param(2, 4, marks=[pytest.mark.slow, pytest.mark.timeout(1000)])]
+)
+def test_two_ranks_share_a_branch(tmp_path: Path, branches: int, ranks: int) -> None:
+    """M > G. (Ranks spin while they wait: four of them on two cores take minutes to start.)"""
+    model = export(tmp_path, branches, hidden=96, heads=8, kv=4, biases=True)
+    expected = transformers_tokens(model, PROMPTS, NEW)
+    assert generate(model, ranks, [PROMPTS], NEW, tmp_path, timeout=900)["tokens"] == [expected]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_smollm2(tmp_path: Path) -> None:
