@@ -303,3 +303,23 @@ def test_finished_units_are_not_computed_again(model: Path, tmp_path: Path, inpu
 
 def test_units_to_train_are_those_with_a_block_to_distil(model: Path) -> None:
     assert tuple(units_to_train(make_plan(model))) == UNITS
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "launch" / "ds_config").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_deepspeed_files_train_as_a_single_process_does(
+    model: Path, tmp_path: Path, path: Path
+) -> None:
+    """Two data-parallel ranks with a file of launch/ds_config against one process without any."""
+    dtype = path.stem.split("_")[1]
+    one = EngineSettings(RATE, 4, 1, 1.0, 0.0, 0.0, 0, "fp32")
+    two = dataclasses.replace(one, micro_batch_size=2, dtype=dtype, config_file=str(path))
+    given = [DistillSettings(engine, STEPS, inputs="teacher", seed=SEED) for engine in (one, two)]
+    wanted = run_ranks(1, distilled, model, tmp_path / "one", 1, given[0])[0]
+    records = run_ranks(2, distilled, model, tmp_path / "two", 1, given[1])[0]
+    for record, expected in zip(records, wanted, strict=True):
+        rel = 1e-4 if dtype == "fp32" else 0.1
+        assert record["losses"] == pytest.approx(expected["losses"], rel=rel)
+        assert record["losses"][-1] < record["losses"][0]
