@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -172,7 +173,7 @@ def _spd_spec(config: TransformerConfig, stock: ModuleSpec, schedule: BlockSched
             PartialRowParallelLinear, params={"local_branches": branches, "per_branch": per_branch}
         )
 
-    layer, attention, mlp = stock.submodules, stock.submodules.self_attention, stock.submodules.mlp
+    layer, attention = stock.submodules, stock.submodules.self_attention
     attention = dataclasses.replace(
         attention,
         submodules=dataclasses.replace(
@@ -181,14 +182,8 @@ def _spd_spec(config: TransformerConfig, stock: ModuleSpec, schedule: BlockSched
             linear_proj=row(attention_apart),
         ),
     )
-    mlp = dataclasses.replace(
-        mlp,
-        submodules=dataclasses.replace(
-            mlp.submodules,
-            linear_fc1=column(),
-            linear_fc2=row(mlp_apart),
-        ),
-    )
+    # Made anew: newer versions of Megatron-core hide the stock one in a partial function.
+    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=column(), linear_fc2=row(mlp_apart)))
     return ModuleSpec(
         module=SPDTransformerLayer,
         params={"schedule": schedule},
