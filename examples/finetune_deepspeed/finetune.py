@@ -1,7 +1,7 @@
 """Fine-tune an SPD model with DeepSpeed: ZeRO over Megatron-core's tensor parallelism.
 
     deepspeed --num_gpus 4 examples/finetune_deepspeed/finetune.py --model EXPORT --out TRAINED \
-        --tensor_parallel 2 --zero_stage 2 --steps 100
+        --tensor-parallel 2 --zero-stage 2 --steps 100
 """
 
 from __future__ import annotations

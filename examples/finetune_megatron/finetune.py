@@ -1,7 +1,7 @@
 """Fine-tune an SPD model with Megatron-core's data parallelism, pipeline schedules and optimizers.
 
     torchrun --nproc_per_node 4 examples/finetune_megatron/finetune.py --model EXPORT --out TRAINED \
-        --tensor_parallel 2 --pipeline_parallel 2 --steps 100
+        --tensor-parallel 2 --pipeline-parallel 2 --steps 100
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -194,10 +194,9 @@ def _spd_spec(config: TransformerConfig, stock: ModuleSpec, schedule: BlockSched
         )
 
     stock = _with_attention(stock, linear_qkv=column(), linear_proj=row(attention_apart))
-    mlp = stock.submodules.mlp
     if config.num_moe_experts is None:
-        submodules = dataclasses.replace(mlp.submodules, linear_fc1=column(), linear_fc2=row(mlp_apart))
-        mlp = dataclasses.replace(mlp, submodules=submodules)
+        # Made anew: newer versions of Megatron-core hide the stock one in a partial function.
+        mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=column(), linear_fc2=row(mlp_apart)))
     else:
         mlp = _moe_spec(schedule, branches, mlp_apart)
     return ModuleSpec(

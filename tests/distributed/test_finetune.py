@@ -105,7 +105,7 @@ def test_deepspeed_steps_are_those_of_one_process(tmp_path: Path, form: str) -> 
     before, wanted, got = (CheckpointReader(p) for p in (folder, tmp_path / "1", tmp_path / "4"))
     for name in before.names():
         tensor = wanted.get(name)
-        assert (tensor - before.get(name)).norm() > 1e-3 * tensor.norm(), f"{name} has not been trained"
+        assert (tensor - before.get(name)).norm() > 1e-4 * tensor.norm(), f"{name} has not been trained"
         assert (got.get(name) - tensor).norm() < 1e-5 * tensor.norm(), name
 
 
