@@ -122,10 +122,11 @@ class SyncPointRule(nn.Module):
             module.spd_norm_bias = _branch_vectors(torch.zeros(size))
 
     def forward(
-        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **_: None
     ) -> tuple[Tensor, Tensor]:
         """``positions`` [T], ``hidden_states`` [T, h], or P [T, B * h] behind a dropped MLP point, and ``residual`` X
-        [T, h], None in front of the first block -> the last two after the block."""
+        [T, h], None in front of the first block -> the last two after the block. What else vLLM's model hands its
+        layers (Mistral's speech models have a condition) is None in a text model."""
 
         def attention(z: Tensor) -> Tensor:
             return self.self_attn(positions=positions, hidden_states=z)
