@@ -241,6 +241,9 @@ def _settings(reader: CheckpointReader) -> SimpleNamespace:
             pipeline_model_parallel_size=1,
             sequence_parallel=False,
             apply_query_key_layer_scaling=False,
+            # Fused kernels that only Transformer Engine and Apex have: weights do not depend on them.
+            apply_rope_fusion=False,
+            gradient_accumulation_fusion=False,
             ffn_hidden_size=config.ffn_hidden_size,
             kv_channels=config.kv_channels,
             num_query_groups=config.num_query_groups,
