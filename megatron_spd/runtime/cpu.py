@@ -57,7 +57,7 @@ def prepare_cpu_runtime() -> None:
         return
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_: None
-    torch.cuda.current_stream = lambda *_: None  # type: ignore[assignment, return-value]
+    torch.cuda.current_stream = lambda *_: None  # type: ignore[assignment]
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
     if not isinstance(megatron_random._CUDA_RNG_STATE_TRACKER, CpuRNGStatesTracker):
