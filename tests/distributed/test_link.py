@@ -101,6 +101,7 @@ def test_bench_on_links_of_two_speeds(tmp_path: Path) -> None:
     assert {"bench.json", "bench.md", "bench.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.timeout(600)  # four ranks that start on a busy machine
 def test_two_nodes_of_two_ranks(tmp_path: Path) -> None:
     """What is summed inside a branch, on one node, does not go over the slow link."""
     folder = make_llama(tmp_path / "m", hidden=192, heads=4, kv=4, ffn=96)
