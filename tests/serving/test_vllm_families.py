@@ -34,9 +34,7 @@ def test_what_vllms_model_would_leave_out_is_refused() -> None:
 
 @pytest.mark.parametrize("case", ["opt", "mistral with a window", *SLOW])
 def test_two_branches_on_each_of_two_ranks(tmp_path: Path, case: str) -> None:
-    base = make_model(
-        case, tmp_path / "plain", **SIZES.get(case, {"head_dim": 32}), max_position_embeddings=256
-    )
+    base = make_model(case, tmp_path / "plain", **SIZES, **OWN.get(case, {"head_dim": 32}))
     model = make_export(
         base, tmp_path / "spd", 4, [0, 2, 3, 5], shifts=[(0, "mlp")], norms=[(2, "attention")]
     )
