@@ -20,7 +20,13 @@ from torch import Tensor
 from megatron_spd.checkpoint.dist_model import megatron_parameter
 from megatron_spd.checkpoint.hf import CheckpointReader, read_config
 from megatron_spd.checkpoint.megatron import MegatronReader
-from megatron_spd.checkpoint.megatron_names import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, layer_name
+from megatron_spd.checkpoint.megatron_names import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT_LAYER,
+    layer_name,
+    outer_parameters,
+)
 from megatron_spd.checkpoint.view import ModelView, view_of
 from megatron_spd.converting import write_folder
 from megatron_spd.errors import CheckpointError, UserError
@@ -54,7 +60,7 @@ _ITERATION = 1
 
 def send_model(queue: Any, reader: CheckpointReader, saver: str, model_type: str) -> None:
     """Put the model of ``reader`` on the queue. Raises UserError for an SPD model and a ``saver`` that would lose its
-    plan, and for a ``model_type`` other than GPT."""
+    plan, for a ``model_type`` other than GPT, and for a model with tensors that the messages have no entry for."""
     if model_type != "GPT":
         raise UserError(f"--model-type is {model_type}; expected GPT")
     if reader.plan is not None and saver not in ("spd", "saver_spd"):
@@ -62,6 +68,7 @@ def send_model(queue: Any, reader: CheckpointReader, saver: str, model_type: str
             f"{reader.folder} is an SPD model; saver {saver!r} would lose its plan: give --saver spd, or use "
             "`megatron-spd convert`"
         )
+    _check_sent(reader)
     settings = _settings(reader)
     queue.put(settings)
     view = view_of(reader)
@@ -97,6 +104,20 @@ def receive_model(queue: Any, out: Path, hf_config: str | None, checking: bool =
         return write_folder(view_of(MegatronReader.of_store(store, folder)), out)
     finally:
         rest.drain()
+
+
+def _check_sent(reader: CheckpointReader) -> None:
+    family, tied = reader.family, reader.tied
+    held = {parameter for message in _OTHER_MESSAGES.values() for parameter in message.values()}
+    lost = [name for name, parameter in outer_parameters(family, tied).items() if parameter not in held]
+    covered = {source for t in family.tables.megatron if t.name in _LAYER.values() for source in t.sources}
+    covered |= {entry.source for entry in family.branch_tensors}
+    lost += [name for name in reader.block_names(0) if name not in covered]
+    if lost:
+        raise UserError(
+            f"Megatron-LM's checkpoint queue has no entry for {lost[0]} of a {family.model_type} model; use "
+            "`megatron-spd convert`"
+        )
 
 
 class _Messages:

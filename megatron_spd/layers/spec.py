@@ -96,6 +96,11 @@ def block_submodules(
         _check_sequence_parallel(config, schedules)
     # Megatron-core's own layer with experts trains on several ranks under sequence parallelism only: not used.
     experts = config.num_moe_experts is not None
+    if experts and any(config.tensor_model_parallel_size > s.branches for s in schedules):
+        raise UserError(
+            f"experts with M = {config.tensor_model_parallel_size} ranks for G = {schedules[0].branches} branches are "
+            "not supported; use M <= G"
+        )
     stock = _stock_spec(config)
     if fused_attention:
         stock = _with_attention(stock, core_attention=FusedCausalAttention)

@@ -61,6 +61,7 @@ def refusal(case: Case, ranks: int, changes: dict[str, Any]) -> str:
         (1, {"num_layers": 5}, "num_layers = 5, the plan is for 4"),
         (1, {"context_parallel_size": 2}, "context_parallel_size = 2: Megatron-core's attention"),
         (1, {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.01}, "moe_aux_loss_coeff"),
+        (6, {"num_moe_experts": 4, "moe_aux_loss_coeff": 0}, "experts with M = 6 ranks for G = 3"),
         (1, {"num_moe_experts": 4, "moe_shared_expert_intermediate_size": 8}, "shared_expert"),
         (
             3,

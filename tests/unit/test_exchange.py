@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.errors import CheckpointError, UserError
 from megatron_spd.exchange import receive_model, send_model
+from tests.families import make_model
 from tests.megatron_files import write_legacy
 from tests.models import make_export, make_llama
 
@@ -148,6 +149,17 @@ def test_an_spd_model_goes_to_no_saver_that_would_lose_its_plan(models: Path) ->
         sent(models / "spd", saver="core")
     with pytest.raises(UserError, match="expected GPT"):
         send_model(queue.Queue(), CheckpointReader(models / "plain"), "spd", "BERT")
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor"),
+    [("qwen3", "q_norm"), ("mixtral", "gate.weight"), ("opt", "embed_positions")],
+)
+def test_a_model_of_which_something_would_be_lost_is_not_sent(
+    tmp_path: Path, family: str, tensor: str
+) -> None:
+    with pytest.raises(UserError, match=tensor):
+        sent(make_model(family, tmp_path))
 
 
 def without(messages: list[Any], name: str) -> list[Any]:
