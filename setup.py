@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_spd", "megatron_spd.*"]),
     # The modelling files are shipped inside every export: they are copied as files, never imported from there.
-    package_data={"megatron_spd.checkpoint.remote_code": ["*.py"]},
+    package_data={"megatron_spd.checkpoint.remote_code": ["*.py"], "megatron_spd.scale": ["*.json"]},
     zip_safe=False,
     install_requires=[
         "torch>=2.6",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_spd
-from megatron_spd.config import COMMANDS
+from megatron_spd.config import COMMANDS, DryRunOptions, PlanOptions
 from megatron_spd.errors import RankDied, UserError
 from megatron_spd.options import CommonOptions
 from megatron_spd.parsing import parse_options
@@ -61,11 +61,14 @@ def execute(argv: Sequence[str]) -> tuple[CommonOptions | None, dict[str, Any]]:
     name = argv[0]
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}; the commands are {', '.join(COMMANDS)}")
-    options = parse_options(COMMANDS[name], argv[1:], f"{PROG} {name}")
+    kind = COMMANDS[name]
+    if kind is PlanOptions and "--dry-run" in argv:
+        name, kind = "dry_run", DryRunOptions
+    options = parse_options(kind, argv[1:], f"{PROG} {argv[0]}")
     ranks = getattr(options, "ranks", 1)
-    if "RANK" in os.environ:
+    if kind.starts_ranks and "RANK" in os.environ:
         _adopt_world(options)
-    elif ranks > 1:
+    elif kind.starts_ranks and ranks > 1:
         from megatron_spd.runtime.launch import launch
 
         return options, launch(argv, ranks)

@@ -24,8 +24,10 @@ from megatron_spd.compensation import (
 from megatron_spd.config import (
     BenchOptions,
     CollectivesOptions,
+    ConvertOptions,
     CurveOptions,
     DistillOptions,
+    DryRunOptions,
     EvaluateOptions,
     ExportOptions,
     GenerateOptions,
@@ -150,6 +152,15 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         f"({dropped_in_words(made.dropped)}){low_bit_note(made.low_bit)}; plan: {options.out}"
         + ("" if choice.optimized is None else f"\n{optimized_text(choice.optimized)}"),
     }
+
+
+def dry_run(options: DryRunOptions) -> dict[str, Any]:
+    """See DryRunOptions."""
+    from megatron_spd.report.dry_run import dry_run_text
+    from megatron_spd.scale.dry_run import dry_run as estimate
+
+    result = estimate(options)
+    return {**result, "text": dry_run_text(result)}
 
 
 def _read_sensitivity(name: str) -> dict[str, Any]:
@@ -383,6 +394,15 @@ def collectives(options: CollectivesOptions) -> dict[str, Any]:
     if out is not None and is_main:
         _write_json(out, result)
     return {**result, "text": messages_text(result)}
+
+
+def convert(options: ConvertOptions) -> dict[str, Any]:
+    """See ConvertOptions."""
+    from megatron_spd.converting import convert as convert_folder
+
+    result = convert_folder(options)
+    kind = "plain model" if result["branches"] is None else f"SPD model of {result['branches']} branches"
+    return {**result, "text": f"{kind} written to {result['output']} ({options.to_format})"}
 
 
 def _plain_model(folder: str) -> CheckpointReader:

@@ -22,7 +22,6 @@ from megatron_spd.grouping.calibrate import BlockResult, Ingredients, UnitCalibr
 from megatron_spd.grouping.formulas import AttentionSettings
 from megatron_spd.grouping.provider import CalibratedUnits
 from megatron_spd.grouping.walk import calibrate_plan
-from megatron_spd.models.build import inverse_frequencies
 from megatron_spd.options import INGREDIENTS, GroupingOptions
 from megatron_spd.plan import BlockPlan, SPDPlan
 from megatron_spd.runtime.distributed import Runtime
@@ -32,9 +31,7 @@ from megatron_spd.stages import calibration_tokens
 def make_calibrator(streamer: BlockStreamer, branches: int, ingredients: Ingredients) -> UnitCalibrator:
     """A calibrator of the model that ``streamer`` walks."""
     reader = streamer.reader
-    settings = AttentionSettings(
-        reader.head_dim, inverse_frequencies(streamer.shape), reader.config["rms_norm_eps"]
-    )
+    settings = AttentionSettings.of(streamer.shape)
     return UnitCalibrator(
         reader.block, reader.family, reader.base_model(), settings, branches, streamer.runtime, ingredients
     )

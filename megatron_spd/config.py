@@ -16,6 +16,7 @@ from megatron_spd.options import (
     CommonOptions,
     DataOptions,
     DType,
+    Format,
     GroupingOptions,
     LinkOptions,
     ModelOptions,
@@ -75,7 +76,7 @@ class SensitivityOptions(ModelOptions, RankOptions, GroupingOptions):
 
 @dataclass(kw_only=True)
 class PlanOptions(ModelOptions, RankOptions, OptimizeOptions, GroupingOptions):
-    """Choose the sync points to drop, and the collectives of the others."""
+    """Choose the sync points to drop, and the collectives of the others (--dry-run: only say what `run` would take)."""
 
     sensitivity: str = option("JSON file written by the command sensitivity")
     branches: int = option("branches of the SPD model (G)")
@@ -184,6 +185,38 @@ class RunOptions(ModelOptions, RankOptions, OptimizeOptions, GroupingOptions, Tr
 
 
 @dataclass(kw_only=True)
+class DryRunOptions(RunOptions):
+    """What `run` with these options takes of memory, disk and time, from the model's config alone (no weights)."""
+
+    file_flag = "--recipe"
+    starts_ranks = False
+
+    dry_run: bool = option("print estimates instead of making a plan", False)
+    config: str = option("name of a known model (llama2-70b, ...), or the path of its config.json")
+    recipe: str | None = option("YAML or JSON file with options of the command run", None)
+    model: str = option("not used", "")
+    out: str = option("not used", "")
+    ranks: int = option("ranks of all nodes together", 1)
+    nodes: int = option("machines that the ranks are spread over", 1)
+    hardware: Literal["a100-80gb", "h100-80gb", "h200-141gb", "l40-48gb", "cpu"] = option(
+        "device of a rank: its memory, and for times its data sheet", "a100-80gb"
+    )
+    efficiency: float = option("share of the data sheet's operations per second that is reached", 0.4)
+    disk_rate: float = option("GB/s that a node reads from disk", 2.0)
+    node_rate: float = option("GB/s that a rank sends to other nodes", 12.5)
+    peak_tflops: float | None = option(
+        "10^12 operations per second of a device in --dtype, instead of the data sheet's", None
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("efficiency", "disk_rate", "node_rate", "peak_tflops"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{flag(name)} is {value}; it must be above 0")
+
+
+@dataclass(kw_only=True)
 class CurveOptions(ModelOptions, RankOptions, GroupingOptions, TrainingOptions):
     """Perplexity and accuracy against the share of dropped sync points; a curve that was stopped goes on."""
 
@@ -284,15 +317,35 @@ class BenchOptions(ModelOptions, LinkOptions):
     prompt_lengths: str = option("tokens of a prompt, with commas between", "128")
     new_tokens: int = option("tokens to generate after each prompt", 16)
     rounds: int = option("times that everything is timed", 10)
+    ranks_per_node: int = option(
+        "with --link-rates: ranks in a row that stand for a node; they share one link, and no link is between them",
+        1,
+    )
     dtype: DType = option("type of weights and activations", "fp32")
     seed: int = option("seed of the prompts", 1234)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_nodes()
         if not parts(self.drops) or not parts(self.collectives):
             raise UserError("--drops and --collectives need at least one value each")
         # Wrong numbers are refused before any rank starts.
         _ = self.batch_values, self.prompt_values, self.rate_values
+
+    def _check_nodes(self) -> None:
+        """Raise UserError for nodes that cannot be made of the ranks."""
+        size = self.ranks_per_node
+        if size == 1:
+            return
+        if not self.rate_values:
+            raise UserError(
+                "--ranks-per-node says which ranks are behind one link: give --link-rates as well"
+            )
+        if size < 1 or self.ranks % size or self.ranks == size:
+            raise UserError(
+                f"--ranks-per-node {size} makes no two or more equal nodes of --ranks {self.ranks}; give a smaller "
+                "divisor of it"
+            )
 
     @property
     def batch_values(self) -> list[int]:
@@ -332,6 +385,26 @@ class CollectivesOptions(LinkOptions):
         return message_sizes("messages", self.messages)
 
 
+@dataclass(kw_only=True)
+class ConvertOptions(CommonOptions):
+    """Turn a Hugging Face folder, a Megatron checkpoint or an SPD export into another of them, bytes unchanged."""
+
+    from_format: Format = option(
+        "what --input is: hf, megatron (torch_dist or mp_rank_XX) or spd", alias="--from"
+    )
+    to_format: Format = option("what to write: hf, megatron (torch_dist) or spd", alias="--to")
+    input: str = option("folder to read")
+    output: str = option("folder to write; it must not exist")
+    plan: str | None = option(
+        "plan that makes an SPD model of a plain one; one that only drops points and moves heads and neurons",
+        None,
+    )
+    hf_config: str | None = option(
+        "Hugging Face folder with the config.json and the tokenizer of a Megatron checkpoint that has none",
+        None,
+    )
+
+
 COMMANDS: dict[str, type[CommonOptions]] = {
     "prepare": PrepareOptions,
     "sensitivity": SensitivityOptions,
@@ -346,4 +419,5 @@ COMMANDS: dict[str, type[CommonOptions]] = {
     "curve": CurveOptions,
     "bench": BenchOptions,
     "collectives": CollectivesOptions,
+    "convert": ConvertOptions,
 }

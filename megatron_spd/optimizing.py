@@ -75,7 +75,7 @@ def optimize_plan(
         found = search.cheapest(optimizer, percent)
         chosen = found.best.collectives
     plan = dataclasses.replace(SPDPlan.dense(base, branches), sync_points=list(chosen))
-    plan = with_recovery(plan, scores, thresholds, options.recovery)
+    plan = with_recovery(plan, scores, thresholds, options)
     return Choice(plan, thresholds, optimized=_record(options, optimizer, plan, found))
 
 

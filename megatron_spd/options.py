@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from megatron_spd.collective import FULL, CollectiveFormat
 from megatron_spd.errors import UserError
+from megatron_spd.plan import Routing
 
 SyncPoints = Literal["attention", "mlp", "any"]
 Recovery = Literal["zs", "paper", "grouped", "full"]
@@ -21,6 +22,8 @@ INGREDIENTS = ("heads", "neurons", "shift", "norm", "refit")
 #: What the curve compares, by the names of ``--variants``; the last two are trained.
 VARIANTS = ("zero-shot", "shift", "heads", "neurons", "all", "b2b", "finish")
 DType = Literal["fp32", "bf16"]
+#: What a model can be converted from and to.
+Format = Literal["hf", "megatron", "spd"]
 
 #: Sets that a search measures where nothing else is said.
 SEARCH_BUDGET = 24
@@ -29,6 +32,7 @@ SEARCH_BUDGET = 24
 LIMITS: dict[str, tuple[float, float | None]] = {
     "branches": (1, None),
     "ranks": (1, None),
+    "nodes": (1, None),
     "sequences": (1, None),
     "eval_sequences": (1, None),
     "distill_sequences": (2, None),
@@ -57,14 +61,20 @@ LIMITS: dict[str, tuple[float, float | None]] = {
 }
 
 
-def option(help: str, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field with the text that ``--help`` shows; required without a default."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(help: str, default: Any = dataclasses.MISSING, alias: str | None = None) -> Any:
+    """A dataclass field with the text that ``--help`` shows; required without a default. ``alias``: another flag for
+    it, where the flag that users know is no name that a field can have."""
+    metadata: dict[str, Any] = {"help": help}
+    return dataclasses.field(default=default, metadata=metadata | ({"aliases": [alias]} if alias else {}))
 
 
 @dataclass(kw_only=True)
 class CommonOptions:
     """What every command takes."""
+
+    #: The flag that names a file with options, and whether ``ranks`` are started for the command.
+    file_flag: ClassVar[str] = "--config"
+    starts_ranks: ClassVar[bool] = True
 
     config: str | None = option("YAML or JSON file with defaults for the options", None)
     json: bool = option("print one JSON object as the last line of standard output", False)
@@ -164,6 +174,11 @@ class SelectionOptions(CollectiveOptions):
         "zs: drop only; paper: tiers with distillation and head grouping; grouped: heads and neurons grouped, inputs "
         "compensated, no training; full: grouped, distilled and finished",
         "full",
+    )
+    routing: Routing = option(
+        "of a model with experts. branch: every branch chooses a token's experts by its own view of the hidden state; "
+        "first: the first branch chooses for all, which sends a little behind a dropped attention point",
+        "branch",
     )
     search_budget: int | None = option(
         "sets of points that the search may measure; 0: choose by single points alone; default: 24, or 0 for the "

@@ -41,7 +41,7 @@ def parse_options(kind: type[_Options], argv: Sequence[str], prog: str) -> _Opti
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    file = _config_file(argv)
+    file = _config_file(argv, kind.file_flag)
     defaults = [] if file is None else _file_flags(kind, file)
     options, unknown = parser.parse_args_into_dataclasses(
         _without_percent_signs([*defaults, *argv]), return_remaining_strings=True, look_for_args_file=False
@@ -77,23 +77,24 @@ def _did_you_mean(name: str, known: Sequence[str], spelling: Callable[[str], str
     return f"did you mean {spelling(near[0])}?" if near else f"known are {', '.join(map(spelling, known))}"
 
 
-def _config_file(argv: Sequence[str]) -> Path | None:
-    """The last ``--config`` in ``argv``; the parser itself complains about one without a value."""
+def _config_file(argv: Sequence[str], name: str) -> Path | None:
+    """The last value of the flag ``name`` in ``argv``; the parser itself complains about one without a value."""
     file = None
     for here, following in zip(argv, [*argv[1:], None], strict=True):
-        if here == "--config" and following is not None:
+        if here == name and following is not None:
             file = Path(following)
-        elif here.startswith("--config="):
-            file = Path(here.removeprefix("--config="))
+        elif here.startswith(f"{name}="):
+            file = Path(here.removeprefix(f"{name}="))
     return file
 
 
 def _file_flags(kind: type[CommonOptions], path: Path) -> list[str]:
     """The content of a config file as flags, so that one parser checks both."""
-    names = [name for name in _names(kind) if name != "config"]
+    names = [name for name in _names(kind) if flag(name) not in ("--config", kind.file_flag)]
+    aliases = {a.lstrip("-"): f.name for f in dataclasses.fields(kind) for a in f.metadata.get("aliases", ())}
     flags = []
     for key, value in _read_config(path).items():
-        name = str(key).replace("-", "_")
+        name = aliases.get(str(key), str(key).replace("-", "_"))
         if name not in names:
             raise UserError(f"{path}: unknown key {key!r}; {_did_you_mean(name, names, str)}")
         if isinstance(value, (list, dict)):

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from megatron_spd.collective import EXPECTED, FULL, NONE, CollectiveFormat, low_bit_format
 from megatron_spd.errors import PlanError, UserError
@@ -30,6 +30,10 @@ READABLE_VERSIONS = (1, 2)
 TIERS = ("", "ISB", "SB", "ESB")
 #: How a block was recovered; "" for a block in which nothing is dropped.
 RECOVERIES = ("", "zs", "b2b", "hg+b2b", "grouped", "grouped+b2b")
+
+#: Whose view of the hidden state decides on a token's experts: each branch's own, or that of the first branch for all.
+Routing = Literal["branch", "first"]
+ROUTINGS: tuple[Routing, ...] = ("branch", "first")
 
 #: Fields of a block's plan that say which vectors by branch it has.
 BRANCH_FLAGS = ("attention_shift", "mlp_shift", "attention_norm", "mlp_norm")
@@ -83,6 +87,13 @@ def _as_index(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else -1
 
 
+def branches_of_rank(branches: int, rank: int, ranks: int) -> slice:
+    """Which of ``branches`` = G the ``rank``-th of ``ranks`` = M computes: G / M of them, or, for M > G, (a part of)
+    one."""
+    first = rank * branches // ranks
+    return slice(first, first + max(1, branches // ranks))
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """The dense model that a plan was made for.
@@ -113,6 +124,11 @@ class BaseModel:
                 f"a divisor of num_attention_heads = {self.num_attention_heads}",
             )
 
+    def divides(self, parts: int) -> bool:
+        """Whether heads, KV groups and neurons divide into ``parts`` equal parts."""
+        sizes = (self.num_attention_heads, self.num_key_value_heads, self.intermediate_size)
+        return not any(size % parts for size in sizes)
+
     def check_branches(self, branches: int) -> None:
         """Raise UserError unless heads, KV groups and neurons divide into ``branches`` equal parts."""
         for what, n in (
@@ -121,15 +137,10 @@ class BaseModel:
             ("MLP neurons", self.intermediate_size),
         ):
             if branches < 1 or n % branches:
-                fits = [g for g in range(1, self.num_key_value_heads + 1) if self._divides(g)]
+                fits = [g for g in range(1, self.num_key_value_heads + 1) if self.divides(g)]
                 raise UserError(
                     f"G = {branches} branches do not divide the model's {n} {what}; G may be one of {fits}"
                 )
-
-    def _divides(self, g: int) -> bool:
-        return not (
-            self.num_attention_heads % g or self.num_key_value_heads % g or self.intermediate_size % g
-        )
 
 
 @dataclass(frozen=True)
@@ -172,7 +183,7 @@ class BlockSchedule:
     ``drop_attention`` / ``drop_mlp``: the block's own points. ``branches``: G.
     ``attention_shift`` / ``mlp_shift``: there is a shift at that sublayer's input. ``attention_norm`` / ``mlp_norm``:
     that sublayer's norm has a weight and a bias for every branch. ``attention_collective`` / ``mlp_collective``: what
-    runs at a kept point, "full" or a low-bit format ("full" for a dropped one).
+    runs at a kept point, "full" or a low-bit format ("full" for a dropped one). ``routing``: of a block with experts.
     """
 
     branches: int
@@ -185,12 +196,18 @@ class BlockSchedule:
     mlp_norm: bool = False
     attention_collective: str = FULL
     mlp_collective: str = FULL
+    routing: Routing = "branch"
+
+    @property
+    def mlp_inputs_differ(self) -> bool:
+        """Whether branches see different inputs of the MLP."""
+        return self.drop_attention or self.mlp_shift or self.mlp_norm
 
     @property
     def is_stock(self) -> bool:
         """Nothing dropped, pending, low-bit or different for each branch: the stock tensor-parallel block computes
         it."""
-        return self == BlockSchedule(self.branches)
+        return self == BlockSchedule(self.branches, routing=self.routing)
 
 
 @dataclass(frozen=True)
@@ -198,7 +215,10 @@ class SPDPlan:
     """A whole plan. ``sync_points`` has 2L entries: "none" (the point is dropped), "full", or a low-bit format (see
     ``collective.py``); ``blocks`` has L.
 
-    ``provenance`` is free JSON: data, tokens, seed, package versions, measured figures.
+    ``provenance`` is free JSON: data, tokens, seed, package versions, measured figures. ``routing``: in a model with
+    experts, whether each branch chooses a token's experts by its own view of the hidden state ("branch"), or the first
+    branch chooses for all ("first"). Plans from before there was a choice lack the field, and so do those that do not
+    use it.
     """
 
     base_model: BaseModel
@@ -207,6 +227,7 @@ class SPDPlan:
     blocks: list[BlockPlan]
     provenance: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
+    routing: Routing = "branch"
 
     # ---- making one -------------------------------------------------------------------------------------------
 
@@ -235,6 +256,13 @@ class SPDPlan:
         return dataclasses.replace(
             self,
             sync_points=[NONE if p in dropped else names[p % 2] for p in range(len(self.sync_points))],
+        )
+
+    def synced_behind(self, blocks: Collection[int]) -> SPDPlan:
+        """A copy in which the MLP points of ``blocks`` are not dropped; numbers that are no block's are passed over."""
+        behind = {p for p in self.dropped if p % 2 and p // 2 in blocks}
+        return dataclasses.replace(
+            self, sync_points=[FULL if p in behind else c for p, c in enumerate(self.sync_points)]
         )
 
     def with_block(self, block: int, **changes: Any) -> SPDPlan:
@@ -279,6 +307,7 @@ class SPDPlan:
             mlp_norm=extra.mlp_norm,
             attention_collective=low_bit.get(2 * block, FULL),
             mlp_collective=low_bit.get(2 * block + 1, FULL),
+            routing=self.routing,
         )
 
     def units(self) -> list[range]:
@@ -303,12 +332,24 @@ class SPDPlan:
         return len(self.sync_points) - len(self.dropped)
 
     def check_ranks(self, ranks: int) -> None:
-        """Raise UserError unless ``ranks`` is a case of method M = G or M < G, M divides G."""
-        if ranks < 1 or self.branches % ranks:
-            fits = [m for m in range(1, self.branches + 1) if self.branches % m == 0]
+        """Raise UserError unless ``ranks`` is a case of method section 8: M divides G, or G divides M and the heads and
+        neurons of a branch divide by its M / G ranks."""
+        if not self._fits(ranks):
+            base = self.base_model
+            most = max(self.branches, base.num_key_value_heads)
             raise UserError(
-                f"M = {ranks} ranks cannot run a plan of G = {self.branches} branches; M may be one of {fits}"
+                f"M = {ranks} ranks cannot run a plan of G = {self.branches} branches; M may be one of "
+                f"{[m for m in range(1, most + 1) if self._fits(m)]} (divisors of G, and its multiples that divide the "
+                f"{base.num_attention_heads} heads, {base.num_key_value_heads} key/value groups and "
+                f"{base.intermediate_size} neurons)"
             )
+
+    def _fits(self, ranks: int) -> bool:
+        if ranks < 1:
+            return False
+        if self.branches % ranks == 0:
+            return True
+        return ranks % self.branches == 0 and self.base_model.divides(ranks)
 
     def check_model(self, fingerprint: str, where: str) -> None:
         """Raise PlanError unless the model at ``where`` is the one this plan was made for."""
@@ -338,9 +379,12 @@ class SPDPlan:
             block.validate(f"blocks[{i}]", self.base_model)
         if not isinstance(self.provenance, dict):
             _fail("provenance", self.provenance, "an object")
+        if self.routing not in ROUTINGS:
+            _fail("routing", self.routing, f"one of {list(ROUTINGS)}")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return fields if self.routing != "branch" else {k: v for k, v in fields.items() if k != "routing"}
 
     @classmethod
     def from_dict(cls, raw: Any) -> SPDPlan:

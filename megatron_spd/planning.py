@@ -18,6 +18,8 @@ from torch import Tensor
 from megatron_spd.calibration.stream import BlockStreamer, UnitVariants
 from megatron_spd.collective import FULL
 from megatron_spd.errors import UserError
+from megatron_spd.grouping.formulas import CALIBRATION_REFUSED
+from megatron_spd.models.registry import family_of
 from megatron_spd.options import SelectionOptions
 from megatron_spd.plan import BaseModel, SPDPlan
 from megatron_spd.progress import progress_bar
@@ -206,16 +208,27 @@ def choose_plan(
     else:
         dropped = choose_points(scores, count, options.sync_points != "attention")
     plan = SPDPlan.dense(base, branches).with_drops(dropped).with_collectives(*options.kept_collectives or ())
-    plan = with_recovery(plan, scores, thresholds, options.recovery)
+    plan = with_recovery(plan, scores, thresholds, options)
     return Choice(plan, thresholds, None if found is None else dataclasses.asdict(found))
 
 
 def with_recovery(
-    plan: SPDPlan, scores: Mapping[int, float], thresholds: Thresholds, recovery: str
+    plan: SPDPlan, scores: Mapping[int, float], thresholds: Thresholds, options: SelectionOptions
 ) -> SPDPlan:
-    """``plan`` with the tier of every block in which something is dropped, and how ``--recovery`` treats it."""
+    """``plan`` with the tier of every block in which something is dropped, and how ``--recovery`` treats it; in a model
+    with experts, with ``--routing``. Raises UserError for options that do not fit the model."""
+    treatment = _RECOVERY[options.recovery]
+    model_type = plan.base_model.model_type
+    if family_of(model_type).tables.experts:
+        if options.grouped:
+            raise UserError(CALIBRATION_REFUSED.format(model_type))
+        treatment = treatment | {"ESB": treatment["SB"]}
+        plan = dataclasses.replace(plan, routing=options.routing)
+        plan = plan.with_provenance(head_grouping="not done: the published one knows no experts")
+    elif options.routing != "branch":
+        raise UserError(f"--routing is for models with experts; {model_type} has none")
     for block, tier in block_tiers(scores, plan.dropped, thresholds).items():
-        plan = plan.with_block(block, tier=tier, recovery=_RECOVERY[recovery][tier])
+        plan = plan.with_block(block, tier=tier, recovery=treatment[tier])
     return plan
 
 

@@ -31,7 +31,7 @@ from megatron_spd.errors import UserError
 from megatron_spd.grouping.formulas import AttentionSettings
 from megatron_spd.grouping.heads import group_heads
 from megatron_spd.grouping.permute import planned_weights
-from megatron_spd.models.build import DTYPES, inverse_frequencies
+from megatron_spd.models.build import DTYPES
 from megatron_spd.options import DataOptions, TrainingOptions
 from megatron_spd.plan import BaseModel, SPDPlan
 from megatron_spd.progress import progress_bar
@@ -124,9 +124,7 @@ def group_plan(streamer: BlockStreamer, plan: SPDPlan, tokens: Tensor) -> SPDPla
     if not wanted:
         return plan
     reader, runtime = streamer.reader, streamer.runtime
-    settings = AttentionSettings(
-        reader.head_dim, inverse_frequencies(streamer.shape), reader.config["rms_norm_eps"]
-    )
+    settings = AttentionSettings.of(streamer.shape)
     x = streamer.embed(tokens)
     with progress_bar(runtime, "group heads", max(wanted) + 1, "block") as bar:
         for block in range(max(wanted) + 1):

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_spd.checkpoint.export import export
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.plan import SPDPlan
+from megatron_spd.plan import Routing, SPDPlan
 
 #: Vocabulary of the tiny tokenizer: 256 bytes, 3 special tokens, learned merges. Divides by 2, 3 and 4 ranks.
 VOCABULARY = 324
@@ -112,12 +112,12 @@ def randomise_(model: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if "norm" in name:
+            if "norm" in name and name.endswith("weight"):
                 noise = 1 + 0.2 * noise
             elif parameter.dim() == 1:
                 noise = 0.3 * noise
             elif "embed" not in name:
-                noise = 1.5 * parameter.shape[1] ** -0.5 * noise
+                noise = 1.5 * parameter.shape[-1] ** -0.5 * noise
             parameter.copy_(noise)
 
 
@@ -160,6 +160,7 @@ def make_export(
     seed: int = 1,
     norms: Sequence[tuple[int, str]] = (),
     low_bit: Mapping[int, str] | None = None,
+    routing: Routing = "branch",
 ) -> Path:
     """Export the plain model in ``base`` with ``dropped`` sync points, random shifts and branch norms; returns ``out``.
 
@@ -169,7 +170,7 @@ def make_export(
     reader = CheckpointReader(base)
     plan = SPDPlan.dense(reader.base_model(), branches).with_drops(dropped)
     points = [(low_bit or {}).get(p, c) for p, c in enumerate(plan.sync_points)]
-    plan = dataclasses.replace(plan, sync_points=points)
+    plan = dataclasses.replace(plan, sync_points=points, routing=routing)
     for block, sublayer in shifts:
         plan = plan.with_block(block, **{f"{sublayer}_shift": True})
     for block, sublayer in norms:

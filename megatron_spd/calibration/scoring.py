@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_spd.models.norm import Norm
 
 #: Token positions and vocabulary entries whose logits are computed at a time: large enough for the matrix multiply,
 #: small enough for a core's cache (whole logits of SmolLM2 take half as long again to score).
-_ROWS, _COLUMNS = 512, 1024
+ROWS, COLUMNS = 512, 1024
 
 
 class OutputLayer:
-    """Final norm [h] and output rows [vocabulary, h] of a model. Hidden states come as rows [t, h]."""
+    """Final norm and output rows [vocabulary, h] of a model. Hidden states come as rows [t, h]."""
 
-    def __init__(self, norm: Tensor, table: Tensor, norm_eps: float) -> None:
-        self.norm, self.table, self.norm_eps = norm, table, norm_eps
+    def __init__(self, norm: Norm, table: Tensor) -> None:
+        self.norm, self.table = norm, table
 
     def negative_log_likelihood(self, rows: Tensor, targets: Tensor) -> Tensor:
         """-log p(targets [t]) in nats: float64 [t]."""
         parts = []
-        for part, wanted in zip(self._normed(rows).split(_ROWS), targets.split(_ROWS), strict=True):
-            logits = (part @ columns.T for columns in self.table.split(_COLUMNS))
+        for part, wanted in zip(self.norm(rows).split(ROWS), targets.split(ROWS), strict=True):
+            logits = (part @ columns.T for columns in self.table.split(COLUMNS))
             log_sums = torch.stack([z.float().logsumexp(-1) for z in logits])
             wanted_logits = (part.float() * self.table[wanted].float()).sum(-1)
             parts.append((log_sums.logsumexp(0) - wanted_logits).double())
@@ -33,12 +34,12 @@ class OutputLayer:
         With logits z of p and y of q, KL = E_p[z - y] - (log sum exp z - log sum exp y). Both terms are put together
         from slices of the vocabulary, so that no logit is kept.
         """
-        pairs = zip(self._normed(rows).split(_ROWS), self._normed(plain).split(_ROWS), strict=True)
+        pairs = zip(self.norm(rows).split(ROWS), self.norm(plain).split(ROWS), strict=True)
         return torch.cat([self._divergence(mine, theirs) for mine, theirs in pairs])
 
     def _divergence(self, mine: Tensor, theirs: Tensor) -> Tensor:
         sums_q, sums_p, means = [], [], []
-        for columns in self.table.split(_COLUMNS):
+        for columns in self.table.split(COLUMNS):
             q, p = (mine @ columns.T).float(), (theirs @ columns.T).float()
             sums_q.append(q.logsumexp(-1))
             sums_p.append(p.logsumexp(-1))
@@ -48,6 +49,3 @@ class OutputLayer:
         total_p, total_q = slices.logsumexp(0), torch.stack(sums_q).double().logsumexp(0)
         mean = torch.linalg.vecdot((slices - total_p).exp(), torch.stack(means).double(), dim=0)
         return mean - (total_p - total_q)
-
-    def _normed(self, rows: Tensor) -> Tensor:
-        return F.rms_norm(rows, self.norm.shape, self.norm, self.norm_eps)

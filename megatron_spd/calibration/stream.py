@@ -27,7 +27,7 @@ from megatron_spd.runtime.distributed import Runtime
 BlockWeights = Callable[[int], Mapping[str, Tensor]]
 
 #: Tokens at a time for each thread without a GPU: more of them leave the cache and are slower by up to a fifth.
-_CPU_TOKENS = 512
+CPU_TOKENS = 512
 
 _STOCK = BlockSchedule(branches=1)
 
@@ -109,11 +109,23 @@ class BlockStreamer:
             raise UserError(f"token {int(tokens.max())} is outside the model's vocabulary of {len(table)}")
         together = self.micro_batch
         if self.runtime.device.type == "cpu":
-            most = _CPU_TOKENS * torch.get_num_threads()
+            most = CPU_TOKENS * torch.get_num_threads()
             together = min(together, max(1, most // tokens.shape[1]))
         # Looked up as [s, b]: a transposed result looks contiguous for b = 1, but is multiplied several times slower.
         batches = [b.T for b in tokens.split(together)]
-        return [F.embedding(b, table).to(self.runtime.device, self.dtype) for b in batches]
+        positions = self._positions(tokens.shape[1])
+        embedded = [F.embedding(b, table).to(self.runtime.device, self.dtype) for b in batches]
+        return embedded if positions is None else [x + positions for x in embedded]
+
+    def _positions(self, length: int) -> Tensor | None:
+        """Learned position embeddings [s, 1, h], if the family has any. Raises UserError where they are too few."""
+        learned = self.shape.family.positions
+        if learned is None:
+            return None
+        rows = self.reader.get(learned.name)[learned.offset :]
+        if length > len(rows):
+            raise UserError(f"sequences of {length} tokens; the model has learned {len(rows)} positions")
+        return rows[:length, None].to(self.runtime.device, self.dtype)
 
     def unit(
         self, block: int, schedule: BlockSchedule | None = None, own: Mapping[str, Tensor] | None = None
@@ -126,9 +138,10 @@ class BlockStreamer:
         if own is not None:
             return self._unit_of(schedule, own)
         if self._block != block:
+            self._release()
             weights = self.weights(block)
             self._shard = shard_block(weights, self.shape.family, self.runtime.tp_rank, self.runtime.tp_size)
-            self._block, self._state = block, {}
+            self._block = block
         unit = self._built(schedule)
         if self._loaded.get(schedule) != block:
             # All units of a block refer to the same tensors: one block in memory, whatever the number of schedules.
@@ -137,6 +150,14 @@ class BlockStreamer:
             refer_to(unit.blocks.layers[0], self._state)
             self._loaded[schedule] = block
         return unit
+
+    def _release(self) -> None:
+        """Let go of all weights, before the next block's are read: units that are not used there would keep theirs."""
+        for schedule in self._loaded:
+            layer = self._units[schedule].blocks.layers[0]
+            refer_to(layer, {name: p.new_empty(0) for name, p in layer.named_parameters()})
+        self._loaded.clear()
+        self._shard, self._state, self._block = {}, {}, None
 
     def _built(self, schedule: BlockSchedule) -> BlockUnit:
         if schedule not in self._units:
@@ -230,13 +251,9 @@ class BlockStreamer:
 
     def _output_layer(self) -> OutputLayer:
         if self._head is None:
-            family = self.reader.family
-            name = family.embedding if self.reader.tied else family.output_layer
-            norm, table = self.reader.get(family.final_norm), self.reader.get(name)
+            device, dtype = self.runtime.device, self.dtype
             self._head = OutputLayer(
-                norm.to(self.runtime.device, self.dtype),
-                table.to(self.runtime.device, self.dtype),
-                self.reader.config["rms_norm_eps"],
+                self.reader.final_norm().to(device, dtype), self.reader.output_table().to(device, dtype)
             )
         return self._head
 

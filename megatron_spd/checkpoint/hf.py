@@ -5,6 +5,7 @@ Weights are memory-mapped, so that a reader of a 70B model holds no more than th
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -22,9 +23,11 @@ from megatron_spd.checkpoint.safetensors_io import (
     TensorEntry,
     read_header,
 )
-from megatron_spd.errors import CheckpointError, PlanError
-from megatron_spd.models.family import HFTensor, ModelFamily
+from megatron_spd.errors import CheckpointError, PlanError, UserError
+from megatron_spd.models.family import BlockSettings, ModelFamily
+from megatron_spd.models.norm import Norm
 from megatron_spd.models.registry import family_of
+from megatron_spd.models.tables import HFTensor
 from megatron_spd.plan import BaseModel, SPDPlan
 
 if TYPE_CHECKING:
@@ -43,6 +46,14 @@ def all_finite(tensor: Tensor) -> bool:
     than ``torch.isfinite(tensor).all()``, which matters where every weight of a model is checked."""
     low, high = torch.aminmax(tensor)  # a NaN anywhere makes both NaN
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def sampled(length: int) -> list[range]:
+    """The pieces of a tensor of ``length`` bytes that enter the fingerprint: offsets from its start."""
+    size = min(_SAMPLE_BYTES, length)
+    last = length - size
+    starts = (last * i // (_SAMPLE_PIECES - 1) for i in range(_SAMPLE_PIECES))
+    return [range(start, start + size) for start in starts]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -72,24 +83,24 @@ class CheckpointReader:
     name, shape and dtype of every tensor. Raises CheckpointError or UserError (one line naming the file or tensor),
     PlanError for a plan that is of another version or does not fit the config.
 
-    Attributes: ``folder``; ``config`` (config.json); ``family``; ``plan`` (of an export, else None); ``head_dim``;
-    ``tied`` (the output layer is the embedding; there is no ``lm_head.weight`` then).
+    Attributes: ``folder``; ``config`` (config.json); ``family``; ``settings`` (what its config says about a block);
+    ``plan`` (of an export, else None); ``head_dim``; ``tied`` (the output layer is the embedding and not stored).
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.config = read_config(self.folder)
+        self.config = self._read_config()
         self.family: ModelFamily = family_of(self.config.get("model_type"), str(self.folder))
         if self.config.get("quantization_config"):
             raise CheckpointError(f"{self.folder} is quantised; give the unquantised checkpoint")
-        self.tied = bool(self.config.get("tie_word_embeddings", False))
+        self.tied = self.family.is_tied(self.config)
         self.num_layers = self._positive("num_hidden_layers")
         self.hidden_size = self._positive("hidden_size")
         self.heads = self._positive("num_attention_heads")
         self.kv_groups = self._positive("num_key_value_heads", default=self.heads)
-        self.head_dim = self._positive("head_dim", default=self.hidden_size // self.heads)
-        self.ffn = self._positive("intermediate_size")
-        self._check_settings()
+        self.head_dim = self._positive("head_dim", self.family.head_dim or self.hidden_size // self.heads)
+        self.ffn = self._positive(self.family.ffn_key)
+        self.settings = self._read_settings()
         self.plan = self._read_plan()
         self._entries = self._read_entries()
         self._check_tensors()
@@ -116,16 +127,27 @@ class CheckpointReader:
             name for name in self._block_table(block) if self.family.block_name(block, name) in self._entries
         ]
 
+    def outer_names(self) -> list[str]:
+        """Full names of the tensors that belong to no block: what stands in front of the blocks, then the rest."""
+        return list(self._outer_shapes())
+
+    def final_norm(self) -> Norm:
+        """The norm behind the last block, in its stored dtype. Raises CheckpointError as :meth:`get`."""
+        family = self.family
+        bias = None if family.final_norm_bias is None else self.get(family.final_norm_bias)
+        return Norm(family.norm, self.settings.norm_eps, self.get(family.final_norm), bias)
+
+    def output_table(self) -> Tensor:
+        """The rows of the output layer [vocabulary, h]. Raises CheckpointError as :meth:`get`."""
+        return self.get(self.family.embedding if self.tied else self.family.output_layer)
+
     def get(self, name: str, check_finite: bool = True) -> Tensor:
         """A copy of one tensor in its stored dtype, on the CPU.
 
         Raises CheckpointError for an unknown name and, with ``check_finite``, for NaN or infinity in it.
         """
         entry = self._entry(name)
-        if entry.file not in self._open_files:
-            self._open_files[entry.file] = safe_open(str(entry.file), "pt")
-        # The mapped tensor shares its memory with every other read of it through the same handle.
-        tensor = self._open_files[entry.file].get_tensor(name).clone()
+        tensor = self._load(name)
         if check_finite and not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
@@ -166,7 +188,7 @@ class CheckpointReader:
             for name in sorted(self._entries):
                 entry = self._entries[name]
                 digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
-                for piece in _sample(entry):
+                for piece in self._pieces(name):
                     digest.update(piece)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -185,6 +207,28 @@ class CheckpointReader:
                 f"{self.folder} has no tokenizer that transformers can load; add its tokenizer.json"
             ) from None
 
+    # ---- where it comes from: what a reader of another format replaces, beside `_read_entries` -----------------
+
+    def _read_config(self) -> dict[str, Any]:
+        return read_config(self.folder)
+
+    def _load(self, name: str) -> Tensor:
+        """A tensor in memory of its own, unchecked."""
+        file = self._entry(name).file
+        if file not in self._open_files:
+            self._open_files[file] = safe_open(str(file), "pt")
+        # The mapped tensor shares its memory with every other read of it through the same handle.
+        return self._open_files[file].get_tensor(name).clone()
+
+    def _pieces(self, name: str) -> list[bytes]:
+        """The parts of a tensor's bytes that enter the fingerprint."""
+        entry, pieces = self._entry(name), []
+        with entry.file.open("rb") as stream:
+            for piece in sampled(entry.end - entry.start):
+                stream.seek(entry.start + piece.start)
+                pieces.append(stream.read(len(piece)))
+        return pieces
+
     # ---- checks when opened -----------------------------------------------------------------------------------
 
     def _positive(self, key: str, default: int | None = None) -> int:
@@ -196,20 +240,16 @@ class CheckpointReader:
             )
         return value
 
-    def _check_settings(self) -> None:
-        eps = self.config.get("rms_norm_eps")
-        if not isinstance(eps, float) or not 0 < eps < 1:
-            raise CheckpointError(
-                f"{self.folder}/config.json: rms_norm_eps is {eps!r}, expected a small number > 0"
-            )
+    def _read_settings(self) -> BlockSettings:
         if self.heads % self.kv_groups:
             raise CheckpointError(
                 f"{self.folder}/config.json: num_key_value_heads = {self.kv_groups} does not divide "
                 f"num_attention_heads = {self.heads}"
             )
-        self.family.config_kwargs(
-            self.config
-        )  # raises UserError for a setting that the family does not cover
+        try:
+            return self.family.settings(self.config)
+        except UserError as error:
+            raise CheckpointError(f"{self.folder}/config.json: {error}") from None
 
     def _read_plan(self) -> SPDPlan | None:
         raw = self.config.get("spd_plan")
@@ -278,19 +318,19 @@ class CheckpointReader:
 
     def _block_table(self, block: int) -> list[str]:
         """Block-relative names that block ``block`` must have, by the family's table, the config and the plan."""
-        names = [entry.name for entry in self.family.hf_tensors if self._wanted(entry)]
+        names = [entry.name for entry in self.family.block_tensors(self.settings)]
         if self.plan is not None:
             planned = self.family.planned_branch_tensors(self.plan.blocks[block])
             names += [entry.source for entry in planned]
         return names
 
-    def _wanted(self, entry: HFTensor) -> bool:
-        flag = "attention_bias" if entry.name.startswith("self_attn.") else "mlp_bias"
-        return not entry.optional or bool(self.config.get(flag, False))
-
     def _expected_shape(self, entry: HFTensor) -> tuple[int, ...]:
+        other = self.hidden_size if entry.size == "hidden" else self.head_dim
+        experts = self.settings.experts
+        if entry.unit == "expert" and experts is not None:
+            return (experts.count, other)
         if entry.dim is None or entry.unit is None:
-            return (self.hidden_size,)
+            return (other,)
         sizes = {
             "query": self.heads * self.head_dim,
             "kv": self.kv_groups * self.head_dim,
@@ -299,18 +339,24 @@ class CheckpointReader:
         }
         if entry.name.endswith(".bias"):
             return (sizes[entry.unit],)
-        return (
-            (sizes[entry.unit], self.hidden_size) if entry.dim == 0 else (self.hidden_size, sizes[entry.unit])
-        )
+        return (sizes[entry.unit], other) if entry.dim == 0 else (other, sizes[entry.unit])
+
+    def _outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that belongs to no block, those in front of the blocks first."""
+        family, vocabulary = self.family, self._positive("vocab_size")
+        shapes: dict[str, tuple[int, ...]] = {family.embedding: (vocabulary, self.hidden_size)}
+        if family.positions is not None:
+            rows = self._positive("max_position_embeddings") + family.positions.offset
+            shapes[family.positions.name] = (rows, self.hidden_size)
+        shapes[family.final_norm] = (self.hidden_size,)
+        if family.final_norm_bias is not None:
+            shapes[family.final_norm_bias] = (self.hidden_size,)
+        if not self.tied:
+            shapes[family.output_layer] = (vocabulary, self.hidden_size)
+        return shapes
 
     def _check_tensors(self) -> None:
-        vocabulary = self._positive("vocab_size")
-        expected = {
-            self.family.embedding: (vocabulary, self.hidden_size),
-            self.family.final_norm: (self.hidden_size,),
-        }
-        if not self.tied:
-            expected[self.family.output_layer] = (vocabulary, self.hidden_size)
+        expected = self._outer_shapes()
         for block in range(self.num_layers):
             for name in self._block_table(block):
                 full = self.family.block_name(block, name)
@@ -345,28 +391,23 @@ class CheckpointReader:
 
     def _identity(self) -> dict[str, Any]:
         """What, beside the weights, makes the model the function it is."""
-        return {
+        identity = {
             "model_type": self.config["model_type"],
             "heads": self.heads,
             "kv_groups": self.kv_groups,
             "head_dim": self.head_dim,
             "tied": self.tied,
-            "hidden_act": self.config.get("hidden_act", "silu"),
-            "rms_norm_eps": self.config.get("rms_norm_eps"),
-            "rope": _rope(self.config),
+            "hidden_act": self.family.activation,
+            "rms_norm_eps": self.settings.norm_eps,
+            "rope": _rope(self.config) if self.family.positions is None else None,
             "spd_plan": None if self.plan is None else self.plan.to_dict(),
         }
-
-
-def _sample(entry: TensorEntry) -> list[bytes]:
-    length = entry.end - entry.start
-    last = max(0, length - _SAMPLE_BYTES)
-    pieces = []
-    with entry.file.open("rb") as stream:
-        for i in range(_SAMPLE_PIECES):
-            stream.seek(entry.start + last * i // (_SAMPLE_PIECES - 1))
-            pieces.append(stream.read(min(_SAMPLE_BYTES, length)))
-    return pieces
+        # Settings that came with later families are named where they matter: fingerprints in older plans stay true.
+        if self.settings.window is not None:
+            identity["window"] = self.settings.window
+        if self.settings.experts is not None:
+            identity["experts"] = dataclasses.asdict(self.settings.experts)
+        return identity
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

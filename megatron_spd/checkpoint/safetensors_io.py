@@ -17,6 +17,9 @@ from megatron_spd.errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
+#: Bytes of one file of a model that is written in shards.
+MAX_SHARD_BYTES = 5 * 1024**3
+
 #: The dtypes whose tensors can be model weights here; others are quantised formats.
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -80,7 +83,7 @@ class ShardWriter:
     a temporary one (see :func:`megatron_spd.checkpoint.folders.atomic_folder`): nothing is cleaned up on an error.
     """
 
-    def __init__(self, folder: Path, max_shard_bytes: int = 5 * 1024**3) -> None:
+    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
         self._pending: dict[str, Tensor] = {}

@@ -8,6 +8,7 @@ exact with one collective each way:
 - :func:`leave_segment`: ``X + all_reduce(pending)``. Its gradient into X belongs to no rank in particular; it
   is given to the first rank alone, so that the all-reduce at the segment's entry counts it exactly once, without a
   rounding error. The all-reduce may be a low-bit one.
+- :func:`sum_within`: all-reduce both ways, for the ranks that share a branch (``branches.py``).
 - :func:`share_parameters`: replicated parameters that ranks use differently (norms, biases used before a sync):
   identity forward, one coalesced all-reduce backward.
 """
@@ -57,6 +58,17 @@ class _LeaveSegment(torch.autograd.Function):
         return grads[0] if ctx.owns_residual else None, grads[0], None, None
 
 
+class _SumWithin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_reduce(partial.view_as(partial), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grads[0].clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
 class _SumLowBit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partials: Tensor, collective: CollectiveFormat) -> Tensor:
@@ -95,6 +107,12 @@ def leave_segment(
     if group.size() == 1:
         return x + pending
     return _LeaveSegment.apply(x, pending, group, collective)
+
+
+def sum_within(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of ``partial`` (any shape) over the ranks of ``group``, each of which uses it in another function: the
+    gradient that arrives is a partial sum and is summed over ``group`` as well. ``partial`` is consumed."""
+    return partial if group.size() == 1 else _SumWithin.apply(partial, group)
 
 
 def sum_low_bit(partials: Tensor, collective: CollectiveFormat) -> Tensor:

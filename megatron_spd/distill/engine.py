@@ -16,6 +16,9 @@ from torch import nn
 from megatron_spd.errors import UserError
 from megatron_spd.runtime.cpu import keep_freed_memory, without_compiled_collectives
 
+#: Most elements that DeepSpeed reduces at a time under ZeRO, its own default.
+BUCKET = 500_000_000
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -140,6 +143,11 @@ def make_engine(student: nn.Module, config: dict[str, Any]) -> Any:
     # Its warnings go to standard output, one for every engine.
     logger.setLevel("ERROR")
     trainable = [p for p in student.parameters() if p.requires_grad]
+    zero = config["zero_optimization"]
+    if zero.get("stage"):
+        # DeepSpeed makes its buffer as large as it may be, also for a unit of few parameters.
+        size = min(BUCKET, sum(p.numel() for p in trainable))
+        config = config | {"zero_optimization": {"reduce_bucket_size": size} | zero}
     engine, *_ = deepspeed.initialize(
         model=student,
         model_parameters=trainable,

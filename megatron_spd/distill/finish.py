@@ -35,12 +35,12 @@ from megatron_spd.distill.settings import FinishSettings
 from megatron_spd.distill.tracking import Tracker
 from megatron_spd.distill.units import FinishStore
 from megatron_spd.errors import UserError
-from megatron_spd.models.build import DTYPES, ModelShape, build_gpt_model
+from megatron_spd.models.build import DTYPES, ModelShape, build_gpt_model, causal_mask, vocabulary_rows
 from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import Runtime, tensor_parallel_seed
 
 #: Sequences whose answers of the plain model are streamed together, each block read once for all of them.
-_AHEAD = 64
+AHEAD = 64
 
 _RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -104,11 +104,11 @@ class _Student(nn.Module):
             for name, parameter in model.decoder.layers[block].named_parameters():
                 is_vector = name in vectors or "layernorm" in name
                 parameter.requires_grad_(settings.which == "blocks" or is_vector)
+        self._rotary = getattr(model, "rotary_pos_emb", None)  # learned positions are in the embedding
         tied = model.share_embeddings_and_output_weights
         table = model.embedding.word_embeddings.weight if tied else model.output_layer.weight
         self._table = [table]  # in a list: the parameter has its name already
-        rows = len(table)
-        self._rows = max(0, min(rows, shape.hf_config["vocab_size"] - runtime.tp_rank * rows))
+        self._rows = vocabulary_rows(len(table), shape.hf_config["vocab_size"], runtime)
 
     def forward(self, tokens: Tensor, teacher: Tensor) -> Tensor:
         """Mean KL divergence, in nats, for ``tokens`` [b, s] and the plain model's states behind its last block
@@ -120,9 +120,8 @@ class _Student(nn.Module):
         if self.recompute and self.training:
             # A checkpointed function passes gradients on only if one of its inputs needs them.
             x = x.detach().requires_grad_()
-        mask = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
-        rotary = self.model.rotary_pos_emb(length)
-        states = self.model.decoder(x, attention_mask=mask, rotary_pos_emb=rotary)
+        rotary = None if self._rotary is None else self._rotary(length)
+        states = self.model.decoder(x, attention_mask=causal_mask(length, device), rotary_pos_emb=rotary)
         with torch.no_grad():
             wanted = self.model.decoder.final_layernorm(teacher)
         return vocabulary_parallel_kl(states, wanted, self._table[0][: self._rows], self.runtime.tp_group)
@@ -173,7 +172,7 @@ class _Pass:
         coming = dict.fromkeys(i for step in self.steps for batch in step for i in batch.tolist())
         after = itertools.dropwhile(lambda i: i not in wanted, coming)
         ahead = (i for i in after if i not in self.states)
-        numbers = sorted({*wanted, *itertools.islice(ahead, _AHEAD)})
+        numbers = sorted({*wanted, *itertools.islice(ahead, AHEAD)})
         stream = self.streamer.embed(self.tokens[numbers])
         for block in range(self.plan.num_layers):
             stream = self.streamer.advance(block, stream)
@@ -257,5 +256,5 @@ class _Pass:
     def _save_blocks(self, store: FinishStore) -> None:
         for block in blocks_to_finish(self.plan):
             layer = self.student.model.decoder.layers[block]
-            full = full_block(layer, self.names[block], self.streamer.shape, self.runtime)
+            full = full_block(layer, self.names[block], self.streamer.shape, self.plan.branches, self.runtime)
             store.save_block(block, full, self.runtime)

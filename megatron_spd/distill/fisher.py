@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_spd.calibration.stream import BlockStreamer
@@ -88,18 +87,16 @@ def _output_gradients(streamer: BlockStreamer, stream: list[Tensor], length: int
     Positions are shared out over the ranks; every position draws its label by a random number of its own, so that
     neither the number of ranks nor the batches change what is drawn.
     """
-    runtime, family = streamer.runtime, streamer.reader.family
-    name = family.embedding if streamer.reader.tied else family.output_layer
-    norm, table = (
-        streamer.reader.get(n).to(runtime.device, streamer.dtype) for n in (family.final_norm, name)
-    )
+    runtime, reader = streamer.runtime, streamer.reader
+    norm = reader.final_norm().to(runtime.device, streamer.dtype)
+    table = reader.output_table().to(runtime.device, streamer.dtype)
     generator = torch.Generator().manual_seed(seed)
     result = []
     for x in stream:
         rows = x.transpose(0, 1).reshape(-1, x.shape[-1]).detach().requires_grad_()
         draws = torch.rand(len(rows), generator=generator, dtype=torch.float64).to(runtime.device)
         mine = slice(*(len(rows) * (runtime.tp_rank + k) // runtime.tp_size for k in (0, 1)))
-        normed = F.rms_norm(rows, norm.shape, norm, streamer.reader.config["rms_norm_eps"])
+        normed = norm(rows)
         upstream = torch.zeros_like(normed)
         upstream[mine] = _sampled_gradient(normed[mine].detach(), draws[mine], table)
         gradient = all_reduce(torch.autograd.grad(normed, rows, upstream)[0], runtime.tp_group)

@@ -14,10 +14,10 @@ from megatron_spd.runtime.distributed import Runtime
 
 
 def full_block(
-    layer: nn.Module, names: Iterable[str], shape: ModelShape, runtime: Runtime
+    layer: nn.Module, names: Iterable[str], shape: ModelShape, branches: int, runtime: Runtime
 ) -> dict[str, Tensor]:
-    """A Megatron-core layer's weights under their Hugging Face ``names``, on the CPU of the first rank of a replica
-    (empty elsewhere), gathered tensor by tensor: a collective of the replica."""
+    """A Megatron-core layer's weights, made for G = ``branches``, under their Hugging Face ``names``, on the CPU of the
+    first rank of a replica (empty elsewhere), gathered tensor by tensor: a collective of the replica."""
     full: dict[str, Tensor] = {}
     for name, tensor in layer_shard(layer, names, shape, runtime).items():
         tensor = tensor.contiguous()
@@ -28,5 +28,5 @@ def full_block(
             parts = [torch.empty_like(tensor) for _ in range(runtime.tp_size)] if runtime.tp_rank == 0 else []
             dist.gather(tensor, parts or None, dst=first, group=runtime.tp_group)
         if runtime.tp_rank == 0:
-            full |= unshard_block([{name: p.cpu()} for p in parts], shape.family)
+            full |= unshard_block([{name: p.cpu()} for p in parts], shape.family, branches)
     return full

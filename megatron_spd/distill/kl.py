@@ -1,7 +1,7 @@
 """KL divergence of two models' next-token distributions, with the vocabulary split over the ranks.
 
 The output layer is the same for both and is not trained. So the loss takes hidden states, makes the logits of a few
-positions at a time, and has their gradient at once: no more than :data:`_ROWS` positions of logits are ever in
+positions at a time, and has their gradient at once: no more than :data:`ROWS` positions of logits are ever in
 memory.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_spd.comm.all_reduce import all_reduce
 
 #: Positions whose logits are in memory at a time.
-_ROWS = 128
+ROWS = 128
 
 
 def vocabulary_parallel_kl(
@@ -41,7 +41,7 @@ class _VocabularyParallelKL(torch.autograd.Function):
         rows = student.reshape(-1, student.shape[-1])
         total = torch.zeros((), dtype=wide, device=student.device)
         gradients = []
-        for mine, theirs in zip(rows.split(_ROWS), teacher.reshape(rows.shape).split(_ROWS), strict=True):
+        for mine, theirs in zip(rows.split(ROWS), teacher.reshape(rows.shape).split(ROWS), strict=True):
             logits = torch.cat([mine, theirs]) @ table.T
             log_q, log_p = _log_softmax(logits.to(wide).view(2, len(mine), -1), group)
             p = log_p.exp()

@@ -54,6 +54,10 @@ class TrainingSettings:
         config = deepspeed_config(self.engine, 1)
         return config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
 
+    def zero_stage(self) -> int:
+        """ZeRO stage as DeepSpeed will have it."""
+        return int(deepspeed_config(self.engine, 1)["zero_optimization"].get("stage", 0))
+
     def held_out_count(self, sequences: int) -> int:
         """How many of ``sequences`` judge; the last ones do."""
         return max(1, min(_MOST_HELD_OUT, round(sequences * self.held_out)))

@@ -74,6 +74,7 @@ class UnitTrainer:
         tracker: Tracker,
     ) -> None:
         self.runtime, self.unit, self.settings, self.tracker = runtime, unit, settings, tracker
+        self.branches = plan.branches
         self.loss, self.micro_batch = loss, settings.batching()[0]
         self.dtype = DTYPES[settings.engine.dtype]
         schedules = [plan.block_schedule(i) for i in unit]
@@ -151,8 +152,10 @@ class UnitTrainer:
         """The student's blocks as full Hugging Face tensors on the main rank (empty elsewhere): a collective
         of the replica."""
         layers = zip(self.unit, self.student.blocks.layers, self.names, strict=True)
-        shape = self.student.shape
-        return {block: full_block(layer, names, shape, self.runtime) for block, layer, names in layers}
+        shape, branches = self.student.shape, self.branches
+        return {
+            block: full_block(layer, names, shape, branches, self.runtime) for block, layer, names in layers
+        }
 
     def close(self) -> None:
         """Free the engine's memory before the next unit is built."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 #: What is continued: the first tokens of at most so many pieces of text.
 PROMPTS, PROMPT_TOKENS = 8, 32
@@ -34,7 +34,7 @@ def prompts_from(tokens: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def greedy_continuations(model: LlamaForCausalLM, prompts: Tensor, count: int) -> Tensor:
+def greedy_continuations(model: PreTrainedModel, prompts: Tensor, count: int) -> Tensor:
     """The ``count`` most probable tokens, one after the other, behind ``prompts`` [n, p]: int64 [n, count] on the CPU.
 
     All prompts run together. The end-of-text token does not stop a continuation: all have the same length.
@@ -48,7 +48,7 @@ def greedy_continuations(model: LlamaForCausalLM, prompts: Tensor, count: int) -
 
 
 @torch.inference_mode()
-def forced_choices(model: LlamaForCausalLM, prompts: Tensor, continuations: Tensor) -> Tensor:
+def forced_choices(model: PreTrainedModel, prompts: Tensor, continuations: Tensor) -> Tensor:
     """The most probable token at each position of ``continuations`` [n, c] given what precedes it there, behind
     ``prompts`` [n, p]: int64 [n, c] on the CPU."""
     texts, count = torch.cat([prompts, continuations], 1)[:, :-1], continuations.shape[1]
@@ -57,7 +57,7 @@ def forced_choices(model: LlamaForCausalLM, prompts: Tensor, continuations: Tens
     return torch.cat(rows).cpu()
 
 
-def measure_agreement(model: LlamaForCausalLM, prompts: Tensor, plain: Tensor) -> Agreement:
+def measure_agreement(model: PreTrainedModel, prompts: Tensor, plain: Tensor) -> Agreement:
     """``model`` against the plain model's greedy continuations ``plain`` [n, c] of ``prompts`` [n, p]."""
     own = greedy_continuations(model, prompts, plain.shape[1])
     same = forced_choices(model, prompts, plain) == plain

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+import transformers
+from transformers import GenerationConfig, PreTrainedModel
 
 from megatron_spd.checkpoint.folders import GENERATION_CONFIG
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.checkpoint.remote_code.configuration_spd_llama import SPDLlamaConfig
-from megatron_spd.checkpoint.remote_code.modeling_spd_llama import SPDLlamaForCausalLM
+from megatron_spd.checkpoint.remote_code import modeling_spd
 from megatron_spd.errors import UserError
 
 
-def load_for_generation(folder: str | Path, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
+def load_for_generation(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model in ``folder``, plain or SPD export, in evaluation mode on the CPU, in its stored dtype or ``dtype``.
 
     The code inside an export is never run: the class is this package's own copy of it. Raises CheckpointError or
     PlanError for a folder that is broken or holds NaN or infinity.
     """
     reader = CheckpointReader(folder)
-    config: LlamaConfig
-    kind: type[LlamaForCausalLM]
-    if reader.plan is None:
-        config, kind = LlamaConfig.from_dict(reader.config), LlamaForCausalLM
-    else:
-        config, kind = SPDLlamaConfig.from_dict(reader.config), SPDLlamaForCausalLM
+    name = f"{reader.family.classes}ForCausalLM"
+    kind = getattr(transformers, name) if reader.plan is None else getattr(modeling_spd, f"SPD{name}")
+    config = kind.config_class.from_dict(reader.config)
     weights = {name: reader.get(name) for name in reader.names()}
     wanted = dtype or reader.dtype(reader.family.embedding)
     model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=wanted)
@@ -46,12 +44,12 @@ def generate_text(folder: str | Path, prompt: str, max_new_tokens: int) -> str:
     model = load_for_generation(folder)
     settings = _greedy(Path(folder), model, max_new_tokens)
     with torch.inference_mode():
-        # transformers types `self` of generate by a protocol that its own models do not declare.
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)  # type: ignore[misc]
+        generating: Any = model  # the class that all causal models of transformers share has no generate
+        out = generating.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def _greedy(folder: Path, model: LlamaForCausalLM, max_new_tokens: int) -> GenerationConfig:
+def _greedy(folder: Path, model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
     """Greedy settings with the model's own end tokens: its generation config may list more than its config does."""
     stored = (
         GenerationConfig.from_pretrained(folder)

@@ -18,7 +18,7 @@ from megatron_spd.evaluate.local_tasks import LOCAL_TASKS
 from megatron_spd.runtime.failures import one_line
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: The zero-shot tasks of the SPD paper by lm-eval's names, and the one name that stands for all of them.
 PAPER_TASKS = ("arc_easy", "arc_challenge", "hellaswag", "lambada_openai", "piqa", "sciq", "winogrande")
@@ -92,7 +92,7 @@ def _load_task(manager: Any, name: str) -> list[Any]:
 
 def run_tasks(
     tasks: Mapping[str, Any],
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 8,
     limit: int | None = None,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.models.family import ModelFamily, Unit
+from megatron_spd.models.family import ModelFamily
+from megatron_spd.models.tables import Unit
 from megatron_spd.models.weights import initial_branch_tensors
 from megatron_spd.plan import BaseModel, SPDPlan
 

@@ -45,6 +45,11 @@ def calibrate_plan(
         bar.update(units[-1].stop - states.block)
 
 
+def held_out_count(sequences: int) -> int:
+    """How many of ``sequences`` judge."""
+    return max(1, round(sequences * HELD_OUT))
+
+
 class DenseStates:
     """The dense model's hidden states of the calibration text, moved forward block by block."""
 
@@ -53,7 +58,7 @@ class DenseStates:
             raise UserError(
                 f"calibration was given {len(tokens)} sequence; it needs at least 2 (one of them judges)"
             )
-        held_out = max(1, round(len(tokens) * HELD_OUT))
+        held_out = held_out_count(len(tokens))
         self.streamer, self.block = streamer, 0
         self._fit, self._judge = streamer.embed(tokens[:-held_out]), streamer.embed(tokens[-held_out:])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from megatron_spd.latency.measure import Measured, Phase, Runner, Workload, meas
 from megatron_spd.latency.model import CachedModel, load_model, share_weights
 from megatron_spd.latency.variants import PLAIN, Variant
 from megatron_spd.progress import progress_bar
+from megatron_spd.runtime.branch_groups import branch_process_group
 from megatron_spd.runtime.distributed import Runtime
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is timed, and how often (see ``measure.measure``). ``rates``: of the links in Gbit/s; none: the ranks talk
-    over whatever connects them."""
+    over whatever connects them. ``ranks_per_node``: ranks behind one link."""
 
     works: Sequence[Workload]
     rates: Sequence[float]
@@ -33,6 +34,7 @@ class Settings:
     seed: int = 0
     warm_up: int = 1
     recorded_rounds: int = 3
+    ranks_per_node: int = 1
 
 
 def run_benchmark(
@@ -51,9 +53,13 @@ def run_benchmark(
     with progress_bar(runtime, "latency", runs, "run") as bar:
         for rate in rates:
             if rate is not None:
-                set_rate(rate)
+                set_rate(rate, settings.ranks_per_node)
             runtime.barrier()
             speed = measure_link(runtime, None if rate is None else rate * 1e9 / 8)
+            inside = {
+                branches: measure_link(runtime, group=branch_process_group(branches, runtime.tp_group))
+                for branches in _shared_branches(variants, runtime.tp_size)
+            }
             cases = []
             for work in settings.works:
                 measured = measure(
@@ -66,15 +72,24 @@ def run_benchmark(
                     settings.seed,
                     bar.update,
                 )
-                cases.append({**asdict(work), "variants": _compared(measured, speed)})
-            links.append({"gigabits": rate, **asdict(speed), "cases": cases})
+                branches = {v.name: v.plan.branches for v in variants}
+                compared = _compared(measured, speed, {n: inside.get(g) for n, g in branches.items()})
+                cases.append({**asdict(work), "variants": compared})
+            within = {str(branches): asdict(one) for branches, one in inside.items()}
+            links.append({"gigabits": rate, **asdict(speed), "inside": within, "cases": cases})
     return _facts(variants, settings, runtime) | {"links": links}
+
+
+def _shared_branches(variants: Sequence[Variant], ranks: int) -> list[int]:
+    """Every G for which a dropped point has an all-reduce among some of the ranks."""
+    return sorted({v.plan.branches for v in variants if 1 < v.plan.branches < ranks and v.plan.dropped})
 
 
 def _facts(variants: Sequence[Variant], settings: Settings, runtime: Runtime) -> dict[str, Any]:
     """What stands above the figures."""
     return {
         "ranks": runtime.tp_size,
+        "ranks_per_node": settings.ranks_per_node if settings.rates else None,
         "backend": str(dist.get_backend(runtime.tp_group)),
         "device": str(runtime.device.type),
         "cores": len(os.sched_getaffinity(0)),
@@ -104,21 +119,26 @@ def _runners(
     return runners
 
 
-def _compared(measured: dict[str, Measured], speed: LinkSpeed) -> dict[str, Any]:
-    """By variant and phase: time, traffic, breakdown and the saving over plain."""
+def _compared(
+    measured: dict[str, Measured], speed: LinkSpeed, inside: Mapping[str, LinkSpeed | None]
+) -> dict[str, Any]:
+    """By variant and phase: time, traffic, breakdown and the saving over plain. ``inside``: the speed inside the branch
+    groups of a variant, where it uses any."""
     plain = measured[PLAIN]
     return {
         name: {
-            "first_token": _phase(m.first_token, plain.first_token, speed),
-            "next_token": _phase(m.next_token, plain.next_token, speed),
+            "first_token": _phase(m.first_token, plain.first_token, speed, inside[name]),
+            "next_token": _phase(m.next_token, plain.next_token, speed, inside[name]),
         }
         for name, m in measured.items()
     }
 
 
-def _phase(phase: Phase, plain: Phase, speed: LinkSpeed) -> dict[str, Any]:
+def _phase(phase: Phase, plain: Phase, speed: LinkSpeed, inside: LinkSpeed | None) -> dict[str, Any]:
     ours, theirs = phase.traffic, plain.traffic
-    saved = saving(plain.seconds, phase.seconds, theirs.calls - ours.calls, theirs.sent - ours.sent, speed)
+    spent = 0.0 if inside is None else inside.seconds(ours.inside_calls, ours.inside_sent)
+    fewer, less = theirs.calls - ours.calls, theirs.sent - ours.sent
+    saved = saving(plain.seconds, phase.seconds, fewer, less, speed, spent)
     return {
         "seconds": asdict(Spread.of(phase.seconds)),
         **asdict(ours),

@@ -94,14 +94,20 @@ class Saving:
 
 
 def saving(
-    plain: Sequence[float], other: Sequence[float], calls_saved: float, sent_saved: float, link: LinkSpeed
+    plain: Sequence[float],
+    other: Sequence[float],
+    calls_saved: float,
+    sent_saved: float,
+    link: LinkSpeed,
+    seconds_inside: float = 0.0,
 ) -> Saving:
-    """The saving of ``other`` over ``plain``: seconds of each in the same rounds; ``calls_saved`` collectives and
-    ``sent_saved`` bytes a rank sends in each of them."""
+    """The saving of ``other`` over ``plain``: seconds of each in the same rounds; ``calls_saved`` collectives over
+    ``link`` and ``sent_saved`` bytes that a rank sends in them, for which ``other`` is predicted to spend
+    ``seconds_inside`` branch groups."""
     pairs = list(zip(plain, other, strict=True))
     return Saving(
         measured=Spread.of(p - o for p, o in pairs),
-        predicted=link.seconds(calls_saved, sent_saved),
+        predicted=link.seconds(calls_saved, sent_saved) - seconds_inside,
         bound=link.least_seconds(sent_saved),
         change=Spread.of((o - p) / p for p, o in pairs),
     )

@@ -2,7 +2,8 @@
 
 The ranks' clocks are not compared. A collective ends on all ranks at about the same time, so the rank that entered it
 last spends the least time in it: that is what the collective itself takes (communication), and what the others spend
-beyond it they have waited. Compute is a block's time outside its collectives. All figures are means over the ranks.
+beyond it they have waited. (Where groups of ranks have a collective each, this holds in every group.) Compute is a
+block's time outside its collectives. All figures are means over the ranks.
 """
 
 from __future__ import annotations
@@ -10,18 +11,27 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_spd.latency.clock import Clock
 from megatron_spd.latency.collectives import Recording
 
 
+class TimedCall(NamedTuple):
+    """A collective (see ``collectives.Call``) and its seconds."""
+
+    name: str
+    block: int | None
+    num_bytes: int
+    ranks: int
+    seconds: float
+
+
 @dataclass(frozen=True)
 class RankTimes:
-    """One rank's recording in seconds. ``calls``: (name, block or None, bytes, seconds) in order; ``blocks``: seconds
-    of each block; ``total``: of the whole pass."""
+    """One rank's recording in seconds. ``calls``: in order; ``blocks``: of each block; ``total``: of the whole pass."""
 
-    calls: list[tuple[str, int | None, int, float]]
+    calls: list[TimedCall]
     blocks: list[float]
     total: float
 
@@ -54,26 +64,30 @@ class Breakdown:
 
 def rank_times(recording: Recording, clock: Clock) -> RankTimes:
     """The recording's marks as seconds, after ``clock.finish()``."""
-    calls = [(c.name, c.block, c.num_bytes, clock.seconds(c.start, c.end)) for c in recording.calls]
+    calls = [
+        TimedCall(c.name, c.block, c.num_bytes, c.ranks, clock.seconds(c.start, c.end))
+        for c in recording.calls
+    ]
     blocks = [clock.seconds(start, end) for _, start, end in sorted(recording.blocks, key=lambda b: b[0])]
     return RankTimes(calls, blocks, clock.seconds(recording.start, recording.end))
 
 
 def break_down(ranks: Sequence[RankTimes]) -> Breakdown:
-    """The parts of one pass from all its ranks' times.
+    """The parts of one pass from the times of all its ranks in their order (ranks of a group follow each other).
 
     Raises RuntimeError if the ranks did not make the same calls.
     """
-    if len({tuple(call[:2] for call in times.calls) for times in ranks}) != 1:
+    if len({tuple((call.name, call.block, call.ranks) for call in times.calls) for times in ranks}) != 1:
         raise RuntimeError("the ranks made different collectives; their times cannot be compared")
     num_blocks = len(ranks[0].blocks)
     places: list[int | None] = [*range(num_blocks), None]
     inside = dict.fromkeys(places, 0.0)
     least = dict.fromkeys(places, 0.0)
     for calls in zip(*(times.calls for times in ranks), strict=True):
-        place, seconds = calls[0][1], [call[3] for call in calls]
+        place, size, seconds = calls[0].block, calls[0].ranks, [call.seconds for call in calls]
         inside[place] += statistics.fmean(seconds)
-        least[place] += min(seconds)
+        groups = (seconds[first : first + size] for first in range(0, len(seconds), size))
+        least[place] += statistics.fmean(map(min, groups))
     whole: dict[int | None, float] = {
         i: statistics.fmean(times.blocks[i] for times in ranks) for i in range(num_blocks)
     }

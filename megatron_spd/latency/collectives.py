@@ -42,11 +42,13 @@ Collective = Callable[..., Any]
 @dataclass(frozen=True)
 class Call:
     """One collective on this rank. ``block``: the block it happened in, None outside of all (embedding, output layer).
-    ``num_bytes``: bytes that this rank gave in. ``start``, ``end``: marks of the recording's clock."""
+    ``num_bytes``: bytes that this rank gave in. ``ranks``: how many took part. ``start``, ``end``: marks of the
+    recording's clock."""
 
     name: str
     block: int | None
     num_bytes: int
+    ranks: int
     start: Any
     end: Any
 
@@ -83,7 +85,8 @@ def recorded(blocks: Sequence[nn.Module], clock: Clock) -> Iterator[Recording]:
                 busy = False
             block = inside[-1][0] if inside else None
             size = _bytes_in(name, args, kwargs)
-            recording.calls.append(Call(name, block, size, start, clock.mark()))
+            ranks = dist.get_world_size(kwargs.get("group"))
+            recording.calls.append(Call(name, block, size, ranks, start, clock.mark()))
             return result
 
         return observed

@@ -35,9 +35,16 @@ def bench_model(options: BenchOptions) -> tuple[dict[str, Any], bool]:
     if options.rate_values:
         if options.ranks == 1:
             raise UserError("--link-rates needs a link between ranks: give --ranks 2 or more")
-        enter_network(int(os.environ["RANK"]), options.ranks)
+        enter_network(int(os.environ["RANK"]), options.ranks, options.ranks_per_node)
     works = [Workload(b, s, options.new_tokens) for b in options.batch_values for s in options.prompt_values]
-    settings = Settings(works, options.rate_values, options.rounds, DTYPES[options.dtype], options.seed)
+    settings = Settings(
+        works,
+        options.rate_values,
+        options.rounds,
+        DTYPES[options.dtype],
+        options.seed,
+        ranks_per_node=options.ranks_per_node,
+    )
     runtime = initialize(seed=options.seed)
     keep_freed_memory()
     result = {"model": options.model, **run_benchmark(reader, variants, settings, runtime)}

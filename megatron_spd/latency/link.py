@@ -1,7 +1,8 @@
-"""Links of a set speed between ranks on one machine: every rank in a network namespace of its own.
+"""Links of a set speed between ranks on one machine: every node, of one rank or several, in a network namespace.
 
-Each rank leaves the machine's network for an empty namespace. Rank 0 makes a bridge in its own, and for every rank
-(itself included) a pair of virtual cables from that bridge to an interface ``eth0`` in the rank's namespace. Each rank
+The first rank of each node leaves the machine's network for an empty namespace, and the others of the node follow it:
+they talk over its loopback interface, which nothing slows down. Rank 0 makes a bridge in its own, and for every node
+(its own included) a pair of virtual cables from that bridge to an interface ``eth0`` in the node's namespace. Each node
 shapes what it sends (``tc tbf``), as a full-duplex port of a switch would; what it receives was shaped by the sender.
 
 Nothing has to be cleaned up. The namespaces have no names: they, the bridge and the cables live as long as the rank
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from megatron_spd.errors import UserError
 from megatron_spd.runtime.rank_status import STATUS_DIR
 
-#: The interface of every rank, and the first three numbers of its address; rank r is at .(r + 1).
+#: The interface of every node, and the first three numbers of its address; node n is at .(n + 1).
 INTERFACE = "eth0"
 _NETWORK = "10.213.57"
 _CLONE_NEWNET = 0x40000000
@@ -51,8 +52,9 @@ def check_links_possible() -> None:
         )
 
 
-def enter_network(rank: int, ranks: int) -> None:
-    """Move this rank into a namespace of its own, wired to the others', before any process group exists.
+def enter_network(rank: int, ranks: int, ranks_per_node: int = 1) -> None:
+    """Move this rank into the namespace of its node, wired to the others', before any process group exists. A node is
+    ``ranks_per_node`` ranks in a row.
 
     Called on all ranks, on the main thread: a namespace belongs to a thread and to those that it starts. Raises
     UserError where the system refuses, RuntimeError if another rank does not follow.
@@ -63,16 +65,20 @@ def enter_network(rank: int, ranks: int) -> None:
             "the process groups exist already; their connections would stay outside the namespace"
         )
     folder = Path(os.environ[STATUS_DIR])
-    _leave_network()
-    _write(folder / f"network-{rank}", str(os.getpid()))
-    if rank == 0:
-        pids = [int(_read(folder / f"network-{r}")) for r in range(ranks)]
-        _wire(pids)
-        _write(folder / "network-wired", "")
-    _read(folder / "network-wired")
-    _ip("address", "add", f"{_NETWORK}.{rank + 1}/24", "dev", INTERFACE)
-    _ip("link", "set", INTERFACE, "gso_max_size", str(_PACKET), "up")
-    _ip("link", "set", "lo", "up")
+    node = rank // ranks_per_node
+    if rank % ranks_per_node == 0:
+        _leave_network()
+        _write(folder / f"network-{node}", str(os.getpid()))
+        if node == 0:
+            pids = [int(_read(folder / f"network-{n}")) for n in range(ranks // ranks_per_node)]
+            _wire(pids)
+            _write(folder / "network-wired", "")
+        _read(folder / "network-wired")
+        _plug_in(node)
+        _write(folder / f"network-{node}-up", "")
+    else:
+        _read(folder / f"network-{node}-up")
+        _follow(int(_read(folder / f"network-{node}")))
     # NCCL would otherwise talk through the device or shared memory, past the link.
     nccl = {
         "NCCL_SOCKET_IFNAME": INTERFACE,
@@ -81,10 +87,15 @@ def enter_network(rank: int, ranks: int) -> None:
         "NCCL_IB_DISABLE": "1",
     }
     os.environ |= {"MASTER_ADDR": f"{_NETWORK}.1", "GLOO_SOCKET_IFNAME": INTERFACE, **nccl}
+    # As torchrun would say it.
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
 
 
-def set_rate(gigabits: float) -> None:
-    """Shape what this rank sends to ``gigabits`` per second (10^9 bits), from now on."""
+def set_rate(gigabits: float, ranks_per_node: int = 1) -> None:
+    """Shape what this rank's node sends to ``gigabits`` per second (10^9 bits), from now on (after the ranks' next
+    barrier). Called on all ranks."""
+    if dist.get_rank() % ranks_per_node:
+        return
     bucket = max(_LEAST_BUCKET, round(gigabits * 1e9 / 8 * _BUCKET_SECONDS))
     shape = ["rate", f"{round(gigabits * 1e9)}bit", "burst", str(bucket), "latency", "50ms"]
     _command("tc", "qdisc", "replace", "dev", INTERFACE, "root", "tbf", *shape)
@@ -98,6 +109,22 @@ def _leave_network() -> None:
         raise UserError(
             f"--link-rates: the system refuses a network namespace ({reason}); leave the option out here"
         )
+
+
+def _follow(pid: int) -> None:
+    """Into the namespace of process ``pid``: os.setns needs Python 3.12 as well."""
+    with open(f"/proc/{pid}/ns/net", "rb") as namespace:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(namespace.fileno(), _CLONE_NEWNET) != 0:
+            reason = os.strerror(ctypes.get_errno())
+            raise UserError(f"--ranks-per-node: the system refuses to share a network namespace ({reason})")
+
+
+def _plug_in(node: int) -> None:
+    """Give this namespace its address and take its interfaces into use."""
+    _ip("address", "add", f"{_NETWORK}.{node + 1}/24", "dev", INTERFACE)
+    _ip("link", "set", INTERFACE, "gso_max_size", str(_PACKET), "up")
+    _ip("link", "set", "lo", "up")
 
 
 def _wire(pids: list[int]) -> None:

@@ -16,7 +16,14 @@ from torch import Tensor
 from megatron_spd.collective import low_bit_format
 from megatron_spd.comm.lowbit import GATHER, PLAIN_BELOW
 from megatron_spd.latency.bounds import LinkSpeed, bytes_sent
-from megatron_spd.latency.breakdown import Breakdown, RankTimes, break_down, median_breakdown, rank_times
+from megatron_spd.latency.breakdown import (
+    Breakdown,
+    RankTimes,
+    TimedCall,
+    break_down,
+    median_breakdown,
+    rank_times,
+)
 from megatron_spd.latency.clock import clock_for
 from megatron_spd.latency.collectives import recorded, silenced
 from megatron_spd.latency.model import CachedModel
@@ -54,11 +61,15 @@ class Runner:
 @dataclass(frozen=True)
 class Traffic:
     """Collectives of one forward pass on one rank and the bytes that enter them, in the blocks; ``sent``: the bytes
-    that a rank must send for them (see ``bounds.bytes_sent``)."""
+    that a rank must send for them (see ``bounds.bytes_sent``). Those among all ranks, and for M > G, ``inside_``, those
+    among the ranks of a branch."""
 
     calls: int
     num_bytes: int
     sent: float
+    inside_calls: int = 0
+    inside_bytes: int = 0
+    inside_sent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,28 +127,32 @@ def measure(
     return {name: _combined(name, every) for name in runners}
 
 
-def measure_link(runtime: Runtime, nominal: float | None = None) -> LinkSpeed:
+def measure_link(
+    runtime: Runtime, nominal: float | None = None, group: dist.ProcessGroup | None = None
+) -> LinkSpeed:
     """The speed of all-reduces between the ranks, nothing else running: medians. ``nominal``: bytes per second that the
-    link is set to. Called on all ranks; the answer is rank 0's. Of one rank alone: no cost at all."""
-    if runtime.tp_size == 1:
+    link is set to. ``group``: default all tensor-parallel ranks. Called on all ranks, each with its group; the answer
+    is rank 0's. Of one rank alone: no cost at all."""
+    group = group or runtime.tp_group
+    if group.size() == 1:
         return LinkSpeed(0.0, None, nominal)
     small = statistics.median(
-        _all_reduce_seconds(1, _SMALL_TOGETHER, runtime) for _ in range(_SMALL_TIMES + 1)
+        _all_reduce_seconds(1, _SMALL_TOGETHER, group, runtime) for _ in range(_SMALL_TIMES + 1)
     )
-    large = statistics.median(_all_reduce_seconds(_LARGE, 1, runtime) for _ in range(_LARGE_TIMES))
-    sent = bytes_sent("all_reduce", 4 * _LARGE, runtime.tp_size)
+    large = statistics.median(_all_reduce_seconds(_LARGE, 1, group, runtime) for _ in range(_LARGE_TIMES))
+    sent = bytes_sent("all_reduce", 4 * _LARGE, group.size())
     return runtime.from_main(LinkSpeed(small, sent / max(large - small, 1e-9), nominal))
 
 
-def _all_reduce_seconds(numbers: int, together: int, runtime: Runtime) -> float:
-    """Seconds of one fp32 all-reduce of ``numbers`` among ``together`` in a row."""
+def _all_reduce_seconds(numbers: int, together: int, group: dist.ProcessGroup, runtime: Runtime) -> float:
+    """Seconds of one fp32 all-reduce of ``numbers`` over ``group`` among ``together`` in a row."""
     clock = clock_for(runtime.device)
     tensor = torch.zeros(numbers, device=runtime.device)
     runtime.barrier()
     clock.finish()
     start = time.perf_counter()
     for _ in range(together):
-        dist.all_reduce(tensor, group=runtime.tp_group)
+        dist.all_reduce(tensor, group=group)
     clock.finish()
     return (time.perf_counter() - start) / together
 
@@ -188,29 +203,33 @@ def _check_traffic(name: str, runner: Runner, record: tuple[RankTimes, RankTimes
         for block in range(runner.plan.num_layers):
             schedule = runner.plan.block_schedule(block)
             expected = expected_calls(schedule, tokens * norm.numel(), norm.element_size(), ranks)
-            made = [(call[0], call[2]) for call in times.calls if call[1] == block]
+            made = [(call.name, call.num_bytes, call.ranks) for call in times.calls if call.block == block]
             if made != expected:
                 raise RuntimeError(
                     f"{name}, block {block}: the plan asks for {expected}, but {made} took place"
                 )
 
 
-def expected_calls(schedule: BlockSchedule, numel: int, itemsize: int, ranks: int) -> list[tuple[str, int]]:
+def expected_calls(
+    schedule: BlockSchedule, numel: int, itemsize: int, ranks: int
+) -> list[tuple[str, int, int]]:
     """The collectives of a block's forward pass on one of ``ranks`` ranks, in order, with the bytes that the rank gives
-    in. ``numel``: values of the hidden states, of ``itemsize`` bytes each."""
+    in and the number of ranks that take part. ``numel``: values of the hidden states, of ``itemsize`` bytes each."""
     if ranks == 1:
         return []
-    calls: list[tuple[str, int]] = []
+    calls: list[tuple[str, int, int]] = []
     for sublayer in ("attention", "mlp"):
         if getattr(schedule, f"drop_{sublayer}"):
+            if ranks > schedule.branches:
+                calls.append(("all_reduce", numel * itemsize, ranks // schedule.branches))
             continue
         low_bit = low_bit_format(getattr(schedule, f"{sublayer}_collective"))
         if low_bit is None or numel * itemsize < PLAIN_BELOW:
-            calls.append(("all_reduce", numel * itemsize))
+            calls.append(("all_reduce", numel * itemsize, ranks))
         else:
             chunk = low_bit.chunk(numel, ranks)
-            calls.append(("all_to_all_single", ranks * low_bit.scatter.wire_bytes(chunk)))
-            calls.append((GATHER, low_bit.gather.wire_bytes(chunk)))
+            calls.append(("all_to_all_single", ranks * low_bit.scatter.wire_bytes(chunk), ranks))
+            calls.append((GATHER, low_bit.gather.wire_bytes(chunk), ranks))
     return calls
 
 
@@ -238,6 +257,13 @@ def _combined(name: str, every: Sequence[tuple[Any, Any]]) -> Measured:
 
 
 def _traffic(times: RankTimes, ranks: int) -> Traffic:
-    inside = [call for call in times.calls if call[1] is not None]
-    sent = sum(bytes_sent(name, size, ranks) for name, _, size, _ in inside)
-    return Traffic(len(inside), sum(call[2] for call in inside), sent)
+    of_blocks = [call for call in times.calls if call.block is not None]
+    across = [call for call in of_blocks if call.ranks == ranks]
+    inside = [call for call in of_blocks if call.ranks != ranks]
+    return Traffic(*_sums(across), *_sums(inside))
+
+
+def _sums(calls: Sequence[TimedCall]) -> tuple[int, int, float]:
+    """Their number, the bytes that enter them, and those that a rank must send for them."""
+    sent = sum(bytes_sent(call.name, call.num_bytes, call.ranks) for call in calls)
+    return len(calls), sum(call.num_bytes for call in calls), sent

@@ -24,6 +24,8 @@ class BranchColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, *args: Any, local_branches: int, stride: int = 1, **kwargs: Any) -> None:
         # The gradient of the input is summed once per segment, not once per linear.
         super().__init__(*args, stride=stride, disable_grad_reduce=True, **kwargs)
+        # Nor is its input gathered here: the segment has done it.
+        self.sequence_parallel = False
         self.local_branches = local_branches
         self.parts = stride
 
@@ -39,6 +41,13 @@ class BranchColumnParallelLinear(ColumnParallelLinear):
             return output, None
         return (output, self.bias) if self.skip_bias_add else (output + self.bias, None)
 
+    def branch_forward(self, x: Tensor, g: int) -> Tensor:
+        """``x`` [n, in] -> [n, out / G]: the part of the rank's ``g``-th branch, without bias."""
+        if self.local_branches == 1:
+            return _matmul(self, x, self.weight)
+        runs = self.weight.view(self.parts, self.local_branches, -1, self.weight.shape[-1])
+        return torch.cat([_matmul(self, x, part[g]) for part in runs], -1)
+
 
 class PartialRowParallelLinear(RowParallelLinear):
     """Row-parallel linear that returns partial sums instead of reducing them.
@@ -49,6 +58,7 @@ class PartialRowParallelLinear(RowParallelLinear):
 
     def __init__(self, *args: Any, local_branches: int, per_branch: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.branches = local_branches
         self.local_branches = local_branches if per_branch else 1
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -60,6 +70,11 @@ class PartialRowParallelLinear(RowParallelLinear):
             pairs = zip(input_.split(columns, -1), self.weight.split(columns, 1), strict=True)
             partial = torch.stack([_matmul(self, x, w) for x, w in pairs])
         return partial, self.bias
+
+    def branch_forward(self, x: Tensor, g: int) -> Tensor:
+        """``x`` [n, in / G] of the rank's ``g``-th branch -> [n, out], without bias."""
+        weight = self.weight if self.branches == 1 else self.weight.chunk(self.branches, 1)[g]
+        return _matmul(self, x, weight)
 
 
 def _matmul(layer: ColumnParallelLinear | RowParallelLinear, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,88 +1,156 @@
-"""What a model family is to this package: three declarative tables and a config mapping.
+"""What a model family is to this package: names, a few choices and declarative tables.
 
-``HFTensor`` says how a Hugging Face tensor of a block is laid out over heads and neurons; permutation, tensor-parallel
-slicing and gathering all follow from it. ``MegatronTensor`` says which of them make up a Megatron-core parameter.
-``BranchTensor`` names what an SPD block may have and a dense one has not.
+Inside the package the tensors of a block go by one set of names for all families, those of a Hugging Face Llama
+(``self_attn.q_proj.weight``, ``mlp.down_proj.bias``, ...); a family whose checkpoints call them otherwise says so in
+``stored_names``. ``HFTensor`` says how a tensor of a block is laid out over heads and neurons; permutation,
+tensor-parallel slicing and gathering all follow from it. ``MegatronTensor`` says which of them make up a Megatron-core
+parameter. ``BranchTensor`` names what an SPD block may have and a dense one has not. ``tables.py`` has the tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from megatron_spd.models.norm import NormKind
+from megatron_spd.models.tables import (
+    BLOCK,
+    BRANCH_TENSORS,
+    BlockTables,
+    BranchTensor,
+    HFTensor,
+    expert_number,
+    expert_pattern,
+)
 from megatron_spd.plan import BlockPlan
 
-#: What one step along the split axis is: a row of a query head, of a key/value head, an MLP neuron, or a branch.
-Unit = Literal["query", "kv", "neuron", "branch"]
-
-#: How Megatron-core lays out the parts of a parameter on one rank.
-#: ``copy``: the one source as it is. ``stack``: the sources' slices one after the other (gate, up).
-#: ``interleave_qkv``: for each key/value group its query heads, its key head, its value head.
-Layout = Literal["copy", "stack", "interleave_qkv"]
+Activation = Literal["silu", "relu"]
 
 
 @dataclass(frozen=True)
-class HFTensor:
-    """A tensor of one block. ``name`` is relative to the block's prefix; ``dim``/``unit`` the axis that is split over
-    branches and ranks (``dim`` None: replicated). ``optional``: some configs of the family do not have it."""
+class Experts:
+    """``count`` MLPs, of which a router chooses ``chosen`` for each token; ``renormalised``: the weights of those
+    chosen add up to 1."""
+
+    count: int
+    chosen: int
+    renormalised: bool = True
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """What a ``config.json`` says about a block beside its sizes.
+
+    ``norm_eps``: of all norms. ``qkv_bias``, ``output_bias``, ``mlp_bias``: which projections have biases (q, k and v;
+    o; all of the MLP). ``window``: keys that a query sees, its own included; None: all before it. ``experts`` None: one
+    MLP.
+    """
+
+    norm_eps: float
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    window: int | None = None
+    experts: Experts | None = None
+
+
+@dataclass(frozen=True)
+class LearnedPositions:
+    """A table of position embeddings: the tensor's full ``name``; position 0 is row ``offset``."""
 
     name: str
-    dim: int | None = None
-    unit: Unit | None = None
-    optional: bool = False
+    offset: int = 0
 
 
 @dataclass(frozen=True)
-class MegatronTensor:
-    """A Megatron-core parameter of one transformer layer and the ``HFTensor`` names that make it."""
+class OuterTensor:
+    """A tensor that belongs to no block: its full ``name`` and the GPTModel's ``parameter``.
 
-    name: str
-    sources: tuple[str, ...]
-    layout: Layout = "copy"
-
-
-@dataclass(frozen=True)
-class BranchTensor:
-    """A vector for every branch, [G, h], that the dense model lacks: the rule's c_g, w_g and b_g (``layers/block.py``).
-
-    ``name``: the parameter of ``SPDTransformerLayer``; ``source``: the block-relative Hugging Face name; ``flag``: the
-    field of :class:`megatron_spd.plan.BlockPlan` by which a block has it. ``initial``: the value of all elements that
-    changes nothing, from which training starts; None where the values have to be computed first (shifts).
+    ``vocabulary``: it has a row for every token, split over the tensor-parallel ranks. ``offset``: first rows that
+    Megatron-core's table lacks.
     """
 
     name: str
-    source: str
-    flag: str
-    initial: float | None = None
+    parameter: str
+    vocabulary: bool = False
+    offset: int = 0
+
+    @property
+    def in_front(self) -> bool:
+        """Whether it stands in front of the blocks, on the first pipeline stage; else on the last."""
+        return self.parameter.startswith("embedding.")
 
 
 @dataclass(frozen=True)
 class ModelFamily:
     """One family of models.
 
-    ``config_kwargs`` maps a Hugging Face config (as a dict) to keyword arguments of Megatron-core's
-    ``TransformerConfig``; it raises UserError for a setting that the family does not cover.
+    ``settings`` reads a Hugging Face config (as a dict); it raises UserError for a setting that the family does not
+    cover. ``classes``: transformers' classes are ``<classes>Config`` and ``<classes>ForCausalLM``. ``tied``: whether
+    the output layer is the embedding, and ``head_dim`` the size of a head, where a config does not say (None: the
+    hidden size shared out over the heads). ``ffn_key``: the config's name for the number of MLP neurons.
+    ``positions`` None: rotary. ``stored_names``: modules of a block that its checkpoints call otherwise; "{}" in both
+    stands for the number of an expert.
     """
 
     model_type: str
-    spd_model_type: str
-    block_prefix: str
-    hf_tensors: tuple[HFTensor, ...]
-    megatron_tensors: tuple[MegatronTensor, ...]
-    embedding: str
-    final_norm: str
-    output_layer: str
-    branch_tensors: tuple[BranchTensor, ...]
-    config_kwargs: Callable[[Mapping[str, Any]], dict[str, Any]]
+    classes: str
+    settings: Callable[[Mapping[str, Any]], BlockSettings]
+    tables: BlockTables = BLOCK
+    norm: NormKind = "RMSNorm"
+    activation: Activation = "silu"
+    positions: LearnedPositions | None = None
+    block_prefix: str = "model.layers.{}."
+    embedding: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
+    output_layer: str = "lm_head.weight"
+    tied: bool = False
+    head_dim: int | None = None
+    ffn_key: str = "intermediate_size"
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+    branch_tensors: tuple[BranchTensor, ...] = BRANCH_TENSORS
+
+    @property
+    def spd_model_type(self) -> str:
+        """The ``model_type`` of the family's exports."""
+        return f"spd_{self.model_type}"
+
+    @property
+    def final_norm_bias(self) -> str | None:
+        """The full name of the final norm's bias, if it has one."""
+        return self.final_norm.removesuffix("weight") + "bias" if self.norm == "LayerNorm" else None
+
+    def is_tied(self, hf: Mapping[str, Any]) -> bool:
+        """Whether the output layer is the embedding."""
+        return bool(hf.get("tie_word_embeddings", self.tied))
+
+    def outer_tensors(self, tied: bool) -> list[OuterTensor]:
+        """What belongs to no block; ``tied``: the output layer is the embedding."""
+        tensors = [OuterTensor(self.embedding, "embedding.word_embeddings.weight", vocabulary=True)]
+        if self.positions is not None:
+            table = "embedding.position_embeddings.weight"
+            tensors.append(OuterTensor(self.positions.name, table, offset=self.positions.offset))
+        tensors.append(OuterTensor(self.final_norm, "decoder.final_layernorm.weight"))
+        if self.final_norm_bias is not None:
+            tensors.append(OuterTensor(self.final_norm_bias, "decoder.final_layernorm.bias"))
+        if not tied:
+            tensors.append(OuterTensor(self.output_layer, "output_layer.weight", vocabulary=True))
+        return tensors
+
+    def block_tensors(self, settings: BlockSettings) -> list[HFTensor]:
+        """The table's entries that a model with ``settings`` has."""
+        experts = range(0 if settings.experts is None else settings.experts.count)
+        stored = self.tables.of_experts(experts).stored
+        return [t for t in stored if t.needs is None or getattr(settings, t.needs)]
 
     def tensor(self, name: str) -> HFTensor:
-        """The table entry for a block-relative Hugging Face name (branch tensors included). Raises KeyError."""
+        """The table entry for a block-relative name (branch tensors included). Raises KeyError."""
         if any(name == entry.source for entry in self.branch_tensors):
-            return HFTensor(name, 0, "branch", optional=True)
-        for entry in self.hf_tensors:
-            if entry.name == name:
-                return entry
+            return HFTensor(name, 0, "branch")
+        for entry in self.tables.stored:
+            if entry.name == expert_pattern(name):
+                return replace(entry, name=name)
         raise KeyError(name)
 
     def planned_branch_tensors(self, block: BlockPlan) -> list[BranchTensor]:
@@ -90,5 +158,8 @@ class ModelFamily:
         return [entry for entry in self.branch_tensors if getattr(block, entry.flag)]
 
     def block_name(self, block: int, name: str) -> str:
-        """The full name of a block-relative tensor name."""
-        return self.block_prefix.format(block) + name
+        """The full name, in a checkpoint, of a block-relative tensor name."""
+        module, _, kind = name.rpartition(".")
+        pattern = expert_pattern(f"{module}.").removesuffix(".")
+        stored = self.stored_names.get(pattern, pattern).format(expert_number(f"{module}."))
+        return self.block_prefix.format(block) + f"{stored}.{kind}"

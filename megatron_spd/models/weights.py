@@ -1,18 +1,20 @@
 """Block weights between Hugging Face names (full tensors) and Megatron-core parameters (one rank's shard).
 
 Everything follows from a family's tables: rank ``m`` of ``M`` holds the ``m``-th of ``M`` equal contiguous
-parts of every split axis, so branch ``g`` of ``G`` lies on rank ``g * M // G``.
+parts of every split axis, so branch ``g`` of ``G`` lies on rank ``g * M // G``, for M > G on the M / G ranks from
+there on. What a branch has one of (its branch tensors) each of these ranks holds whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_spd.models.family import MegatronTensor, ModelFamily
-from megatron_spd.plan import BlockPlan
+from megatron_spd.models.family import ModelFamily
+from megatron_spd.models.tables import MegatronTensor, expert_number
+from megatron_spd.plan import BlockPlan, branches_of_rank
 
 Weights = Mapping[str, Tensor]
 
@@ -21,18 +23,30 @@ def shard_block(weights: Weights, family: ModelFamily, rank: int, ranks: int) ->
     """The part of a block's Hugging Face tensors that ``rank`` of ``ranks`` holds (views where possible)."""
     shard = {}
     for name, tensor in weights.items():
-        dim = family.tensor(name).dim
-        shard[name] = tensor if dim is None else tensor.chunk(ranks, dim)[rank]
+        entry = family.tensor(name)
+        if entry.unit == "branch":
+            shard[name] = tensor[branches_of_rank(len(tensor), rank, ranks)]
+        else:
+            shard[name] = tensor if entry.dim is None else tensor.chunk(ranks, entry.dim)[rank]
     return shard
 
 
-def unshard_block(shards: list[dict[str, Tensor]], family: ModelFamily) -> dict[str, Tensor]:
-    """The inverse of :func:`shard_block`: full tensors from the shards of all ranks in rank order."""
+def unshard_block(shards: list[dict[str, Tensor]], family: ModelFamily, branches: int) -> dict[str, Tensor]:
+    """The inverse of :func:`shard_block`: full tensors from the shards of all ranks in rank order. ``branches``: G."""
     full = {}
     for name, first in shards[0].items():
-        dim = family.tensor(name).dim
-        full[name] = first if dim is None else torch.cat([s[name] for s in shards], dim).contiguous()
+        entry = family.tensor(name)
+        parts = [s[name] for s in shards]
+        if entry.unit == "branch":
+            full[name] = join_branches(parts, branches)
+        else:
+            full[name] = first if entry.dim is None else torch.cat(parts, entry.dim).contiguous()
     return full
+
+
+def join_branches(parts: Sequence[Tensor], branches: int) -> Tensor:
+    """What all of G = ``branches`` have, [G, ...], from each rank's [B, ...] in rank order (B = 1 for M > G)."""
+    return torch.cat(list(parts[:: max(1, len(parts) // branches)]))
 
 
 def initial_branch_tensors(
@@ -57,7 +71,7 @@ def to_megatron(
     """
     wanted = set(wanted)
     state = {entry.name: shard[entry.source] for entry in family.branch_tensors if entry.name in wanted}
-    for entry in family.megatron_tensors:
+    for entry in _entries(family, wanted):
         if entry.name in wanted:
             parts = [_part(shard, source) for source in entry.sources]
             state[entry.name] = _merge(parts, entry, kv_groups)
@@ -70,11 +84,17 @@ def from_megatron(
     """The inverse of :func:`to_megatron`; ``wanted``: the Hugging Face names that the checkpoint has."""
     wanted = set(wanted)
     shard = {entry.source: state[entry.name] for entry in family.branch_tensors if entry.name in state}
-    for entry in family.megatron_tensors:
+    for entry in _entries(family, wanted):
         if wanted.intersection(entry.sources):
             parts = _split(state[entry.name], entry, kv_groups, head_dim)
             shard |= {s: p for s, p in zip(entry.sources, parts, strict=True) if s in wanted}
     return shard
+
+
+def _entries(family: ModelFamily, names: Iterable[str]) -> tuple[MegatronTensor, ...]:
+    """The family's table for the experts that ``names`` speak of."""
+    numbers = {expert_number(name) for name in names} - {None}
+    return family.tables.of_experts(sorted(n for n in numbers if n is not None)).megatron
 
 
 def _part(shard: Weights, source: str) -> Tensor:

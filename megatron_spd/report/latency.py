@@ -1,14 +1,17 @@
 """Latency of plain and SPD models: the report of ``megatron-spd bench``.
 
-A *benchmark* dict, as it stands in ``bench.json``: ``model``, ``ranks`` (M), ``backend``, ``device``, ``cores`` and
+A *benchmark* dict, as it stands in ``bench.json``: ``model``, ``ranks`` (M), ``ranks_per_node`` (behind one link; None
+where links are as they are), ``backend``, ``device``, ``cores`` and
 ``threads`` of a rank, ``dtype``, ``rounds``; ``variants`` by name: ``branches`` (G), ``sync_points``, ``silent``;
 ``links``, one for every speed: ``gigabits`` (as set, None where it was not), ``seconds_per_call`` and
-``bytes_per_second`` as all-reduces showed them (None between no ranks), ``nominal`` (bytes per second), and ``cases``:
+``bytes_per_second`` as all-reduces showed them (None between no ranks), ``nominal`` (bytes per second), ``inside`` (the
+same of the ranks of one branch, by G, for each 1 < G < M), and ``cases``:
 ``batch``, ``prompt``, ``new_tokens``, and ``variants`` by name with the phases ``first_token`` and ``next_token``.
 
 A phase holds ``seconds`` {median, low, high: quartiles}; ``calls``, ``num_bytes``, ``sent`` of one forward pass (see
-``latency/measure.py``); ``saving`` over plain {measured, change: with quartiles; predicted, bound, of_predicted}; and
-``breakdown`` in seconds (``total``, ``outside``, ``blocks``, each with compute, communication, wait).
+``latency/measure.py``) among all ranks, and with ``inside_`` in front inside branch groups; ``saving`` over plain
+{measured, change: with quartiles; predicted, bound, of_predicted}; and ``breakdown`` in seconds (``total``,
+``outside``, ``blocks``, each with compute, communication, wait).
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ BREAKDOWN_HEADER = ("", "compute", "communication", "wait", "communication and w
 _NOTES = [
     "Calls and bytes: collectives of the blocks in one forward pass of a rank, and what it gives in; the embedding's "
     "all-reduce and the output layer's gather come on top. Times are the slowest rank's, medians and quartiles of all "
-    "rounds; a saving compares with the plain run of the same round.",
+    "rounds; a saving compares with the plain run of the same round. Where a branch spans several ranks (M > G), what "
+    "is summed inside it stands behind a plus.",
     "Predicted: calls times what an all-reduce of one number takes, and bytes at the rate of a large all-reduce, "
     "both measured on the same link with nothing else running. Bytes / rate: the bytes that need not be sent, at the "
     "link's rate. No communication: plain, with collectives left out and results discarded, is the limit.",
@@ -94,7 +98,7 @@ def phase_rows(case: Mapping[str, Any], phase: str) -> list[tuple[str, ...]]:
     for name, measured in case["variants"].items():
         one = measured[phase]
         seconds, saving = one["seconds"], one["saving"]
-        row = [name, number(one["calls"]), size(one["num_bytes"]), _ms(seconds["median"])]
+        row = [name, *_traffic(one), _ms(seconds["median"])]
         row.append(f"{_ms(seconds['low'])} to {_ms(seconds['high'])}")
         if rows:
             share = saving["of_predicted"]
@@ -103,6 +107,15 @@ def phase_rows(case: Mapping[str, Any], phase: str) -> list[tuple[str, ...]]:
             row.append(_ms(saving["bound"]))
         rows.append((*row, *[""] * (len(HEADER) - len(row))))
     return rows
+
+
+def _traffic(phase: Mapping[str, Any]) -> list[str]:
+    """Calls and bytes: among all ranks, and after a plus inside branch groups."""
+    cells = [number(phase["calls"]), size(phase["num_bytes"])]
+    if not phase["inside_calls"]:
+        return cells
+    inside = number(phase["inside_calls"]), size(phase["inside_bytes"])
+    return [f"{all_ranks} + {branch}" for all_ranks, branch in zip(cells, inside, strict=True)]
 
 
 def breakdown_rows(case: Mapping[str, Any], phase: str) -> list[tuple[str, ...]]:
@@ -133,19 +146,27 @@ def _case_in_words(link: Mapping[str, Any], case: Mapping[str, Any]) -> str:
 
 
 def _head(benchmark: Benchmark) -> str:
+    together = benchmark["ranks_per_node"] or 1
+    nodes = f" on {benchmark['ranks'] // together} nodes" if together > 1 else ""
     return (
-        f"{benchmark['model']}: M = {benchmark['ranks']} ranks over {benchmark['backend']} on {benchmark['device']} "
-        f"({benchmark['cores']} cores, {benchmark['threads']} threads a rank), {benchmark['dtype']}, "
-        f"{benchmark['rounds']} rounds"
+        f"{benchmark['model']}: M = {benchmark['ranks']} ranks{nodes} over {benchmark['backend']} on "
+        f"{benchmark['device']} ({benchmark['cores']} cores, {benchmark['threads']} threads a rank), "
+        f"{benchmark['dtype']}, {benchmark['rounds']} rounds"
     )
 
 
 def _link_shown(link: Mapping[str, Any]) -> str:
     if link["bytes_per_second"] is None:
         return "One rank: nothing is communicated."
-    rate = 8 * link["bytes_per_second"] / 1e9
-    call = 1000 * link["seconds_per_call"]
-    return f"An all-reduce of one number takes {number(call)} ms, a large one sends {number(rate)} Gbit/s."
+    shown = [("An all-reduce", link)]
+    shown += [
+        (f"Inside a branch of G = {branches} one", inside) for branches, inside in link["inside"].items()
+    ]
+    return " ".join(
+        f"{what} of one number takes {_ms(speed['seconds_per_call'])} ms, a large one sends "
+        f"{number(8 * speed['bytes_per_second'] / 1e9)} Gbit/s."
+        for what, speed in shown
+    )
 
 
 def _sections(benchmark: Benchmark, pictures: Mapping[str, Path]) -> list[Section]:

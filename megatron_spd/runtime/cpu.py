@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.fusions import fused_softmax
 from megatron.core.tensor_parallel import random as megatron_random
+from torch.overrides import TorchFunctionMode
 
 #: Parameters of the C library's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -49,6 +51,13 @@ def _set_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(new_state)
 
 
+def _window_mask(queries: int, keys: int, window: tuple[int, int]) -> torch.Tensor:
+    """True where a query must not look: the same as Megatron-core's, which is made on "cuda"."""
+    offset = keys - queries
+    seen = torch.ones(queries, keys, dtype=torch.bool).triu(offset - window[0]).tril(offset + window[1])
+    return ~seen
+
+
 def prepare_cpu_runtime() -> None:
     """Make Megatron-core's device calls answer for the CPU. Does nothing where CUDA is available; may be
     called twice."""
@@ -56,11 +65,34 @@ def prepare_cpu_runtime() -> None:
         return
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_: None
+    torch.cuda.current_stream = lambda *_: None  # type: ignore[assignment]
+    fused_softmax.get_sliding_window_causal_mask = _window_mask
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
     if not isinstance(megatron_random._CUDA_RNG_STATE_TRACKER, CpuRNGStatesTracker):
         megatron_random._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
         megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+class _CudaOnCpu(TorchFunctionMode):
+    """Makes tensors of ``device="cuda"`` and ``Tensor.cuda()`` on the CPU, and calls types those of CUDA tensors."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def cuda_on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """A context for the parts of Megatron-core that ask for CUDA tensors by name: pipeline schedules, tied embeddings
+    of several stages, its optimizers. Does nothing where CUDA is available."""
+    return contextlib.nullcontext() if torch.cuda.is_available() else _CudaOnCpu()
 
 
 def keep_freed_memory() -> None:

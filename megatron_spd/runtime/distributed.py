@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_spd.errors import UserError
+from megatron_spd.runtime.branch_groups import forget_branch_groups
 from megatron_spd.runtime.cpu import prepare_cpu_runtime
 
 #: Longest time in seconds that a rank waits in a collective before it gives up; set MEGATRON_SPD_TIMEOUT to change it.
@@ -20,8 +21,8 @@ DEFAULT_TIMEOUT = 900.0
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands. ``tp_size`` is M; ``tp_group`` the ranks that share a model, ``dp_group``
-    its replicas."""
+    """Where this process stands. ``tp_size`` is M; ``tp_group`` the ranks that share a model (or a pipeline stage of
+    one), ``dp_group`` its replicas, ``pp_group`` the stages of a replica (None: there is one)."""
 
     rank: int
     world_size: int
@@ -32,6 +33,9 @@ class Runtime:
     device: torch.device
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    pp_rank: int = 0
+    pp_size: int = 1
+    pp_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -59,28 +63,28 @@ class Runtime:
         return box[0]
 
 
-def initialize(tensor_parallel: int | None = None, seed: int = 1234) -> Runtime:
+def initialize(tensor_parallel: int | None = None, seed: int = 1234, pipeline_parallel: int = 1) -> Runtime:
     """Join the process groups (gloo without CUDA, NCCL with it) and seed every generator.
 
-    ``tensor_parallel``: M, default all ranks; the remaining factor of the world size is data parallel.
-    Without a launcher's environment the process is a world of one. It may be called again, also
-    with another M.
+    ``tensor_parallel``: M, default all ranks of a stage; ``pipeline_parallel``: stages. The remaining factor of the
+    world size is data parallel. Without a launcher's environment the process is a world of one. It may be
+    called again, also with other sizes.
 
-    Raises UserError if M does not divide the number of ranks.
+    Raises UserError if the sizes do not divide the number of ranks.
     """
     prepare_cpu_runtime()
     device = _device()
     if not dist.is_initialized():
         _init_process_group(device)
     world = dist.get_world_size()
-    size = world if tensor_parallel is None else tensor_parallel
-    if size < 1 or world % size:
-        raise UserError(f"M = {size} tensor-parallel ranks do not divide the {world} launched ranks")
-    initialized = parallel_state.model_parallel_is_initialized()
-    if initialized and parallel_state.get_tensor_model_parallel_world_size() != size:
-        _close_model_parallel()
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+    stages = pipeline_parallel
+    size = world // max(stages, 1) if tensor_parallel is None else tensor_parallel
+    if size < 1 or stages < 1 or world % (size * stages):
+        pipeline = "" if stages == 1 else f" times {stages} pipeline stages"
+        raise UserError(
+            f"M = {size} tensor-parallel ranks{pipeline} do not divide the {world} launched ranks"
+        )
+    _join_model_parallel(size, stages)
     torch.manual_seed(seed)
     tensor_parallel_seed(seed)
     return Runtime(
@@ -89,10 +93,28 @@ def initialize(tensor_parallel: int | None = None, seed: int = 1234) -> Runtime:
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=size,
         dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=world // size,
+        dp_size=world // (size * stages),
         device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=stages,
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+
+
+def _join_model_parallel(tensor: int, pipeline: int) -> None:
+    """Make Megatron-core's groups of these sizes, unless they exist."""
+    if parallel_state.model_parallel_is_initialized():
+        existing = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        if existing == (tensor, pipeline):
+            return
+        _close_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
     )
 
 
@@ -105,6 +127,7 @@ def shutdown() -> None:
     """Leave the process groups, if joined."""
     if parallel_state.model_parallel_is_initialized():
         _close_model_parallel()
+    forget_branch_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -112,6 +135,7 @@ def shutdown() -> None:
 def _close_model_parallel() -> None:
     """Destroy Megatron-core's groups. It only forgets them, and each of some twenty keeps its threads running."""
     parallel_state.destroy_model_parallel()
+    forget_branch_groups()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

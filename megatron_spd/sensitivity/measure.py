@@ -18,7 +18,7 @@ from megatron_spd.plan import BlockSchedule, SPDPlan
 from megatron_spd.sensitivity.low_bit import check_low_bit_measurable, with_low_bit
 
 #: Sets whose states are kept: the one that a search stands at, and neighbours of it.
-_TRACES = 3
+TRACES = 3
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SetMeasurer:
         self._streamer, self._variants, self._dense, self._tokens = streamer, variants, dense, tokens
         plain = _Trace((), {0: streamer.embed(tokens)})
         self._plain: tuple[list[Tensor], float] | None = None
-        self._traces: deque[_Trace] = deque([plain], maxlen=_TRACES)
+        self._traces: deque[_Trace] = deque([plain], maxlen=TRACES)
 
     def __call__(self, points: Sequence[int]) -> float:
         """plain perplexity * exp(KL)."""

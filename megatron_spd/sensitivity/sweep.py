@@ -22,7 +22,8 @@ from torch import Tensor
 
 from megatron_spd.calibration.stream import BlockStreamer, UnitVariants, perplexity_of, plain_variants
 from megatron_spd.files import write_atomic
-from megatron_spd.plan import BlockSchedule
+from megatron_spd.models.weights import join_branches
+from megatron_spd.plan import BlockSchedule, branches_of_rank
 from megatron_spd.progress import progress_bar
 from megatron_spd.sensitivity.low_bit import check_low_bit_measurable, with_low_bit
 from megatron_spd.sensitivity.tiers import droppable_points, sync_points
@@ -108,7 +109,7 @@ def sweep(
             state.block += 1
             bar.update(candidates.steps(state.block) - bar.n if not bar.disable else 0)
             if unfinished is not None and streamer.runtime.from_main(time.monotonic() - saved > _SAVE_EVERY):
-                _save(streamer, state, identity, unfinished)
+                _save(streamer, state, branches, identity, unfinished)
                 saved = time.monotonic()
         result = _score(streamer, state, tokens, measure, bar)
     result |= {"branches": branches, "method": method, "sync_points": which, "sequences": len(tokens)}
@@ -211,10 +212,11 @@ def _identity(streamer: BlockStreamer, tokens: Tensor, order: str, *candidates: 
     return hashlib.sha256(json.dumps(facts).encode() + tokens.numpy().tobytes()).hexdigest()
 
 
-def _save(streamer: BlockStreamer, state: _State, identity: str, path: Path) -> None:
+def _save(streamer: BlockStreamer, state: _State, branches: int, identity: str, path: Path) -> None:
     """Keep the streams in one file. Called on every rank: each holds the pending sums of its own branches only."""
     single = {
-        p: (x, [_all_branches(t, streamer) for t in pending]) for p, (x, pending) in state.single.items()
+        p: (x, [_all_branches(t, branches, streamer) for t in pending])
+        for p, (x, pending) in state.single.items()
     }
     if streamer.runtime.is_main:
         streams = (identity, state.block, state.plain, state.algorithm1, single, state.low_bit)
@@ -234,15 +236,17 @@ def _resume(streamer: BlockStreamer, identity: str, path: Path | None) -> _State
     return _State(block, plain, algorithm1, mine, low_bit)
 
 
-def _all_branches(pending: Tensor | None, streamer: BlockStreamer) -> Tensor | None:
-    """Pending sums [G, s, b, h] of all branches from each rank's own [G/M, s, b, h]."""
+def _all_branches(pending: Tensor | None, branches: int, streamer: BlockStreamer) -> Tensor | None:
+    """Pending sums [G, s, b, h] of all branches from each rank's own [B, s, b, h]."""
     if pending is None or streamer.runtime.tp_size == 1:
         return pending
     parts = [torch.empty_like(pending) for _ in range(streamer.runtime.tp_size)]
     dist.all_gather(parts, pending.contiguous(), group=streamer.runtime.tp_group)
-    return torch.cat(parts)
+    return join_branches(parts, branches)
 
 
 def _own_branches(pending: Tensor | None, streamer: BlockStreamer) -> Tensor | None:
     """The inverse of :func:`_all_branches`."""
-    return None if pending is None else pending.chunk(streamer.runtime.tp_size)[streamer.runtime.tp_rank]
+    if pending is None:
+        return None
+    return pending[branches_of_rank(len(pending), streamer.runtime.tp_rank, streamer.runtime.tp_size)]

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,19 +13,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_spd.collective import CollectiveFormat
+from megatron_spd.layers.norm import sum_gradients_in_backward
 from megatron_spd.models.build import BlockUnit, ModelShape, layer_shard
 from megatron_spd.models.llama import LLAMA
+from megatron_spd.models.tables import block_tables
 from megatron_spd.models.weights import unshard_block
 from megatron_spd.plan import BaseModel, SPDPlan
-from megatron_spd.runtime.distributed import Runtime, initialize
+from megatron_spd.runtime.distributed import Runtime, initialize, tensor_parallel_seed
 from tests.reference import Shape, blocks_forward, random_block
+
+#: A Llama whose MLP has no gate.
+PLAIN = dataclasses.replace(LLAMA, tables=block_tables(gated=False))
 
 
 @dataclass(frozen=True)
 class Case:
     """A run of blocks with random weights. ``dropped``: sync points; ``shifts``, ``norms``: sublayers whose input
     has a shift, whose norm has a weight and bias for every branch, named by the point after the sublayer.
-    ``collective``: of all kept points, the same bits in both steps."""
+    ``collective``: of all kept points, the same bits in both steps. ``length``: of the sequences."""
 
     branches: int
     layers: int
@@ -40,6 +46,8 @@ class Case:
     collective: str = "full"
     dropout: float = 0.0
     recompute: bool = False
+    sequence_parallel: bool = False
+    length: int = 7
     dtype: str = "float32"
     seed: int = 0
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -77,17 +85,17 @@ class Case:
         ]
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """Input and upstream gradient, [7, 2, h]."""
+        """Input and upstream gradient, [length, 2, h]."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        x, up = torch.randn(2, 7, 2, self.hidden, generator=generator, dtype=torch.float64)
+        x, up = torch.randn(2, self.length, 2, self.hidden, generator=generator, dtype=torch.float64)
         return x, up
 
     def masks(self) -> dict[int, Tensor] | None:
-        """The dropout masks that the layers will draw from the default generator seeded with 77."""
+        """The dropout masks that the layers will draw from a generator seeded with 77."""
         if not self.dropout:
             return None
         torch.manual_seed(77)
-        ones = torch.ones(7, 2, self.hidden)
+        ones = torch.ones(self.length, 2, self.hidden)
         return {p: torch.nn.functional.dropout(ones, self.dropout).double() for p in range(2 * self.layers)}
 
 
@@ -118,7 +126,7 @@ def _model_shape(case: Case) -> ModelShape:
         "attention_bias": case.biases,
         "max_position_embeddings": 64,
     }
-    return ModelShape(LLAMA, config, case.shape.head_dim)
+    return ModelShape(LLAMA if case.gated else PLAIN, config, case.shape.head_dim)
 
 
 def build_case(case: Case, runtime: Runtime) -> BlockUnit:
@@ -130,21 +138,33 @@ def build_case(case: Case, runtime: Runtime) -> BlockUnit:
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    if not case.gated:
-        overrides["gated_linear_unit"] = False
+    if case.sequence_parallel:
+        overrides["sequence_parallel"] = True
     schedules = [case.plan().block_schedule(i) for i in range(case.layers)]
     dtype = getattr(torch, case.dtype)
     unit = BlockUnit(_model_shape(case), schedules, runtime, dtype, hidden_dropout=case.dropout, **overrides)
     for i, weights in enumerate(case.weights()):
-        unit.load_block(i, _plain_mlp(weights) if not case.gated else weights)
+        unit.load_block(i, weights)
+    if case.sequence_parallel:
+        sum_gradients_in_backward(unit, runtime.tp_group)
     return unit
 
 
-def _plain_mlp(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The family's table stacks gate and up; a plain MLP has up alone, which an empty gate leaves as it is."""
-    up = {n: t for n, t in weights.items() if n.startswith("mlp.up_proj")}
-    empty = {n.replace("up_proj", "gate_proj"): t[:0] for n, t in up.items()}
-    return weights | empty
+def forward(unit: BlockUnit, x: Tensor, case: Case) -> Tensor:
+    """The unit's output for ``x`` [s, b, h]; this rank's part of it for its part of ``x``, cut along the sequence, if
+    ``case`` is sequence parallel."""
+    if not case.sequence_parallel:
+        return unit(x)
+    mask, rotary = unit._mask_and_rotary(case.length)
+    return unit.blocks(x, attention_mask=mask, rotary_pos_emb=rotary)
+
+
+def inputs(case: Case, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """Input (a leaf) and upstream gradient as this rank gets them."""
+    x, up = (t.to(getattr(torch, case.dtype)) for t in case.data())
+    if case.sequence_parallel:
+        x, up = (t.chunk(runtime.tp_size)[runtime.tp_rank] for t in (x, up))
+    return x.clone().requires_grad_(), up
 
 
 def megatron_result(case: Case, ranks: int) -> dict[str, Tensor]:
@@ -152,16 +172,24 @@ def megatron_result(case: Case, ranks: int) -> dict[str, Tensor]:
     (asserted)."""
     runtime = initialize(ranks, seed=5)
     unit = build_case(case, runtime)
-    dtype = getattr(torch, case.dtype)
-    x, up = (t.to(dtype) for t in case.data())
-    x.requires_grad_()
+    x, up = inputs(case, runtime)
     torch.manual_seed(77)
-    out = unit(x)
+    tensor_parallel_seed(77)
+    out = forward(unit, x, case)
     out.backward(up)
-    result = {"out": out.detach(), "x": x.grad, **_full_grads(unit, case, runtime)}
-    for name in ("out", "x"):
-        _assert_same_on_all_ranks(name, result[name], runtime)
-    return result
+    result = {"out": out.detach(), "x": x.grad}
+    for name, tensor in result.items():
+        if case.sequence_parallel:
+            result[name] = _gathered(tensor, runtime)
+        else:
+            _assert_same_on_all_ranks(name, tensor, runtime)
+    return result | _full_grads(unit, case, runtime)
+
+
+def _gathered(part: Tensor, runtime: Runtime) -> Tensor:
+    parts: list[Any] = [None] * runtime.tp_size
+    dist.all_gather_object(parts, part, group=runtime.tp_group)
+    return torch.cat(parts)
 
 
 def _full_grads(unit: BlockUnit, case: Case, runtime: Runtime) -> dict[str, Tensor]:
@@ -169,26 +197,17 @@ def _full_grads(unit: BlockUnit, case: Case, runtime: Runtime) -> dict[str, Tens
     for i, weights in enumerate(case.weights()):
         for p in unit.blocks.layers[i].parameters():
             p.data = p.grad if p.grad is not None else torch.zeros_like(p)
-        names = [n for n in weights if case.gated or "gate" not in n]
-        shard = {n: t.contiguous() for n, t in _grad_shard(unit, i, names, case.gated).items()}
+        shard = layer_shard(unit.blocks.layers[i], weights, unit.shape, unit.runtime)
+        shard = {n: t.contiguous() for n, t in shard.items()}
         for name, tensor in shard.items():
             if LLAMA.tensor(name).dim is None:
                 _assert_same_on_all_ranks(f"{i}.{name}", tensor, runtime)
         shards: list[Any] = [None] * runtime.tp_size
         dist.all_gather_object(shards, shard, group=runtime.tp_group)
-        full |= {f"{i}.{n}": t for n, t in unshard_block(shards, LLAMA).items()}
+        for name in filter(lambda n: LLAMA.tensor(n).unit == "branch", shard):
+            _assert_same_inside_branches(f"{i}.{name}", [s[name] for s in shards], case.branches)
+        full |= {f"{i}.{n}": t for n, t in unshard_block(shards, LLAMA, case.branches).items()}
     return full
-
-
-def _grad_shard(unit: BlockUnit, i: int, names: Sequence[str], gated: bool) -> dict[str, Tensor]:
-    if gated:
-        return layer_shard(unit.blocks.layers[i], names, unit.shape, unit.runtime)
-    layer = dict(unit.blocks.layers[i].named_parameters())
-    shard = layer_shard(
-        unit.blocks.layers[i], [n for n in names if "up_proj" not in n], unit.shape, unit.runtime
-    )
-    shard |= {n: layer[n.replace("up_proj", "linear_fc1")].detach() for n in names if "up_proj" in n}
-    return shard
 
 
 def _assert_same_on_all_ranks(name: str, tensor: Tensor, runtime: Runtime) -> None:
@@ -197,3 +216,12 @@ def _assert_same_on_all_ranks(name: str, tensor: Tensor, runtime: Runtime) -> No
     for rank, other in enumerate(others):
         # Replicas that differ drift apart under an optimizer.
         assert torch.equal(other, tensor), f"{name} differs between rank {rank} and {runtime.tp_rank}"
+
+
+def _assert_same_inside_branches(name: str, shards: list[Tensor], branches: int) -> None:
+    copies = max(1, len(shards) // branches)
+    for rank, shard in enumerate(shards):
+        first = rank - rank % copies
+        assert torch.equal(shard, shards[first]), (
+            f"{name} differs between ranks {first} and {rank} of a branch"
+        )

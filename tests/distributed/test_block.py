@@ -48,7 +48,9 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("dropped", SCHEDULES.values(), ids=SCHEDULES.keys())
-@pytest.mark.parametrize(("branches", "ranks"), [(1, 1), (3, 1), (2, 2), (4, 2), (3, 3), (4, 4)])
+@pytest.mark.parametrize(
+    ("branches", "ranks"), [(1, 1), (3, 1), (2, 2), (4, 2), (3, 3), (4, 4), (1, 2), (1, 3), (2, 4)]
+)
 def test_every_kind_of_schedule(dropped: tuple[int, ...], branches: int, ranks: int) -> None:
     check(Case(branches, 3, dropped, heads=12, kv_groups=12), ranks)
 
@@ -60,7 +62,6 @@ VARIANTS = {
     "branch norms": {"norms": (0, 1, 2, 3, 5)},
     "branch norms, biases and shifts": {"norms": (0, 2, 3), "biases": True, "shifts": (1, 2, 3)},
     "branch norms and recompute": {"norms": (1, 2), "recompute": True, "shifts": (1,)},
-    "grouped queries": {"kv_groups": 6},
     "plain mlp": {"gated": False, "biases": True},
     "recompute": {"recompute": True, "biases": True, "shifts": (2,)},
     "dropout": {"dropout": 0.3, "biases": True},
@@ -77,13 +78,18 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-@pytest.mark.parametrize(("branches", "ranks"), [(6, 1), (6, 2), (3, 3)])
+@pytest.mark.parametrize(("branches", "ranks"), [(6, 1), (6, 2), (3, 3), (2, 4)])
 def test_every_variant(variant: dict, branches: int, ranks: int) -> None:
     check(dataclasses.replace(Case(branches, 3, (0, 1, 2, 4), heads=12), **variant), ranks)
 
 
+@pytest.mark.parametrize(("branches", "ranks", "kv_groups"), [(6, 1, 6), (6, 2, 6), (3, 3, 6), (2, 4, 4)])
+def test_grouped_queries(branches: int, ranks: int, kv_groups: int) -> None:
+    check(Case(branches, 3, (0, 1, 2, 4), heads=12, kv_groups=kv_groups), ranks)
+
+
 @pytest.mark.parametrize("dropped", SCHEDULES.values(), ids=SCHEDULES.keys())
-@pytest.mark.parametrize(("branches", "ranks"), [(3, 1), (2, 2), (4, 2), (3, 3), (4, 4)])
+@pytest.mark.parametrize(("branches", "ranks"), [(3, 1), (2, 2), (4, 2), (3, 3), (4, 4), (1, 3), (2, 4)])
 def test_branch_norms_under_every_schedule(dropped: tuple[int, ...], branches: int, ranks: int) -> None:
     check(Case(branches, 3, dropped, norms=(0, 1, 2, 3, 4, 5), shifts=(0, 3)), ranks)
 
@@ -132,7 +138,7 @@ def low_bit_result(case: Case, ranks: int) -> dict[str, Tensor]:
 LOW_BIT = {"dtype": "float64", "shifts": (1, 2), "biases": True}
 
 
-@pytest.mark.parametrize(("branches", "ranks"), [(2, 2), (3, 1), (3, 3), (4, 2)])
+@pytest.mark.parametrize(("branches", "ranks"), [(2, 2), (3, 1), (3, 3), (4, 2), (2, 4)])
 @pytest.mark.parametrize("collective", ["int8:g8", "int4:g8"])
 def test_low_bit_points(branches: int, ranks: int, collective: str) -> None:
     same = 0
@@ -152,7 +158,7 @@ def test_low_bit_points(branches: int, ranks: int, collective: str) -> None:
     assert same >= len(SCHEDULES) // 2
 
 
-@pytest.mark.parametrize(("branches", "ranks"), [(3, 1), (3, 3), (4, 2)])
+@pytest.mark.parametrize(("branches", "ranks"), [(3, 1), (3, 3), (4, 2), (2, 4)])
 def test_the_gradients_of_a_low_bit_sum_are_those_of_the_plain_one(branches: int, ranks: int) -> None:
     """Where nothing reads the rounded sum, the gradients do not know of it."""
     case = Case(branches, 1, (0,), collective="int4:g8", **LOW_BIT)
@@ -164,14 +170,14 @@ def test_the_gradients_of_a_low_bit_sum_are_those_of_the_plain_one(branches: int
 
 
 @st.composite
-def cases(draw: st.DrawFn, branches: int) -> Case:
+def cases(draw: st.DrawFn, branches: int, ranks: int) -> Case:
     layers = draw(st.integers(1, 4))
     points = st.integers(0, 2 * layers - 1)
     return Case(
         branches=branches,
         layers=layers,
         dropped=tuple(sorted(draw(st.sets(points)))),
-        kv_groups=draw(st.sampled_from([k for k in (12, 6, 4, 3, 2) if k % branches == 0])),
+        kv_groups=draw(st.sampled_from([k for k in (12, 6, 4, 3, 2) if k % max(branches, ranks) == 0])),
         gated=draw(st.booleans()),
         biases=draw(st.booleans()),
         shifts=tuple(sorted(draw(st.sets(points)))),
@@ -185,7 +191,7 @@ def cases(draw: st.DrawFn, branches: int) -> Case:
     )
 
 
-@pytest.mark.parametrize(("branches", "ranks"), [(2, 1), (2, 2), (6, 3), (3, 3), (4, 4)])
+@pytest.mark.parametrize(("branches", "ranks"), [(2, 1), (2, 2), (6, 3), (3, 3), (4, 4), (2, 4)])
 def test_random_schedules(branches: int, ranks: int) -> None:
     @settings(
         max_examples=12,
@@ -194,7 +200,7 @@ def test_random_schedules(branches: int, ranks: int) -> None:
         phases=PHASES,
         suppress_health_check=[HealthCheck.too_slow],
     )
-    @given(cases(branches))
+    @given(cases(branches, ranks))
     def property_holds(case: Case) -> None:
         check(case, ranks, bound=2e-6)
 

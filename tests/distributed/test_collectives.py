@@ -27,10 +27,11 @@ ACTIVATION_BYTES = S * B * H * 4
 
 
 class Counter:
-    """Records (name, bytes) of every collective while active."""
+    """Records (name, bytes) of every collective while active; ``sizes``: the number of ranks that each was among."""
 
     def __enter__(self) -> list[tuple[str, int]]:
         self.calls: list[tuple[str, int]] = []
+        self.sizes: list[int] = []
         self.originals = {name: getattr(dist, name) for name in ALL}
         for name, function in self.originals.items():
             setattr(dist, name, self._wrap(name, function))
@@ -43,6 +44,7 @@ class Counter:
     def _wrap(self, name: str, function: Any) -> Any:
         def wrapped(tensor: Any, *args: Any, **kwargs: Any) -> Any:
             self.calls.append((name, tensor.numel() * tensor.element_size()))
+            self.sizes.append(dist.get_world_size(kwargs.get("group")))
             return function(tensor, *args, **kwargs)
 
         return wrapped
@@ -100,3 +102,45 @@ def count_inference(case: Case, ranks: int) -> list[tuple[str, int]]:
 def test_inference_has_no_other_collectives() -> None:
     case = Case(3, 3, (0, 1, 4), norms=(1, 2))
     assert run_ranks(3, count_inference, case, 3)[1] == [("all_reduce", ACTIVATION_BYTES)] * 3
+
+
+def count_by_group(case: Case, ranks: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(bytes, ranks) of every all-reduce of one forward and one backward pass."""
+    unit = build_case(case, initialize(ranks))
+    x, up = (t.float() for t in case.data())
+    counters = Counter(), Counter()
+    with counters[0]:
+        out = unit(x.requires_grad_())
+    with counters[1]:
+        out.backward(up)
+    assert {name for counter in counters for name, _ in counter.calls} == {"all_reduce"}
+    forward, backward = (
+        [(size, among) for (_, size), among in zip(counter.calls, counter.sizes, strict=True)]
+        for counter in counters
+    )
+    return forward, backward
+
+
+@pytest.mark.parametrize("dropped", [(), (0, 2, 4), (1, 3), (0, 1, 2, 3, 4), (2, 3)])
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "biases, shifts, branch norms"])
+def test_a_dropped_point_is_summed_inside_its_branch_alone(dropped: tuple[int, ...], extras: bool) -> None:
+    branches, ranks = 2, 4
+    after = tuple(p + 1 for p in dropped) if extras else ()
+    case = Case(branches, 3, dropped, biases=extras, shifts=after, norms=after)
+    forward, backward = run_ranks(ranks, count_by_group, case, ranks)[3]
+    among = [ranks // branches if p in dropped else ranks for p in range(6)]
+    assert forward == [(ACTIVATION_BYTES, size) for size in among]
+    activations = [call for call in backward if call[0] == ACTIVATION_BYTES]
+    assert sorted(activations) == sorted(forward)
+
+    expected = []
+    for i in range(3):
+        schedule = case.plan().block_schedule(i)
+        if not schedule.is_stock:
+            expected.append((2 + extras * (schedule.drop_attention + schedule.drop_mlp), ranks))
+        own = sum(p in after for p in (2 * i, 2 * i + 1))
+        if own:
+            # A shift and both vectors of a branch norm, for every dropped point in front.
+            expected.append((3 * own, ranks // branches))
+    vectors = [call for call in backward if call[0] != ACTIVATION_BYTES]
+    assert sorted(vectors) == sorted((count * H * 4, size) for count, size in expected)

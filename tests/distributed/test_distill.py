@@ -30,21 +30,21 @@ from tests.reference import Shape, blocks_forward
 BRANCHES, LAYERS, STEPS, RATE, SEED = 2, 4, 5, 3e-3, 1234
 #: Blocks 0 and 3 alone, blocks 1 and 2 joined by a dropped MLP point.
 DROPPED = (0, 3, 6)
-SHAPE = Shape(32, 4, 2, 8, 48)
+SHAPE = Shape(32, 8, 4, 4, 48)
 #: What is trained under DROPPED (block 3 is dropped zero-shot), and what else the walk passes.
 UNITS = (range(0, 1), range(1, 3))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llama(tmp_path_factory.mktemp("m") / "m", layers=LAYERS, biases=True)
+    return make_llama(tmp_path_factory.mktemp("m") / "m", heads=8, kv=4, layers=LAYERS, biases=True)
 
 
 def make_plan(folder: Path) -> SPDPlan:
     plan = SPDPlan.dense(CheckpointReader(folder).base_model(), BRANCHES).with_drops(DROPPED)
     for block in (0, 1, 2):
         plan = plan.with_block(
-            block, tier="SB", recovery="b2b", kv_group_order=[1, 0] if block == 2 else None
+            block, tier="SB", recovery="b2b", kv_group_order=[2, 0, 3, 1] if block == 2 else None
         )
     plan = plan.with_block(1, mlp_norm=True).with_block(2, attention_norm=True)
     return plan.with_block(3, tier="ISB", recovery="zs")
@@ -160,8 +160,8 @@ def check_blocks(out: Path, wanted_blocks: Blocks) -> None:
         for name, tensor in wanted.items():
             # Adam divides by the size of the gradient: where that is tiny its sign may differ, for a step of
             # at most RATE.
-            close = (got[name].double() - tensor).abs() < 1e-4
-            assert close.double().mean() > 0.99, (block, name)
+            off = (got[name].double() - tensor).abs() >= 1e-4
+            assert int(off.sum()) <= max(1, 0.01 * off.numel()), (block, name)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,9 @@ def check_blocks(out: Path, wanted_blocks: Blocks) -> None:
         (4, 2, 1, 0, "student"),
         (4, 2, 2, 2, "teacher"),
         (4, 2, 1, 1, "mixed"),
+        # M > G: two ranks share a branch.
+        (4, 4, 1, 0, "student"),
+        (4, 4, 1, 1, "teacher"),
     ],
 )
 def test_equals_a_plain_loop(
@@ -300,3 +303,23 @@ def test_finished_units_are_not_computed_again(model: Path, tmp_path: Path, inpu
 
 def test_units_to_train_are_those_with_a_block_to_distil(model: Path) -> None:
     assert tuple(units_to_train(make_plan(model))) == UNITS
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "launch" / "ds_config").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_deepspeed_files_train_as_a_single_process_does(
+    model: Path, tmp_path: Path, path: Path
+) -> None:
+    """Two data-parallel ranks with a file of launch/ds_config against one process without any."""
+    dtype = path.stem.split("_")[1]
+    one = EngineSettings(RATE, 4, 1, 1.0, 0.0, 0.0, 0, "fp32")
+    two = dataclasses.replace(one, micro_batch_size=2, dtype=dtype, config_file=str(path))
+    given = [DistillSettings(engine, STEPS, inputs="teacher", seed=SEED) for engine in (one, two)]
+    wanted = run_ranks(1, distilled, model, tmp_path / "one", 1, given[0])[0]
+    records = run_ranks(2, distilled, model, tmp_path / "two", 1, given[1])[0]
+    for record, expected in zip(records, wanted, strict=True):
+        rel = 1e-4 if dtype == "fp32" else 0.1
+        assert record["losses"] == pytest.approx(expected["losses"], rel=rel)
+        assert record["losses"][-1] < record["losses"][0]

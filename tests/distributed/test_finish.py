@@ -33,7 +33,7 @@ BRANCHES, LAYERS, STEPS, RATE, SEED = 2, 4, 6, 1e-3, 1234
 #: In block 1, between blocks 1 and 2; blocks 0 and 3 stay as they are.
 DROPPED = (2, 3)
 TOUCHED = [1, 2]
-SHAPE = Shape(32, 4, 2, 8, 48)
+SHAPE = Shape(32, 8, 4, 4, 48)
 VOCABULARY = 325
 
 
@@ -41,12 +41,12 @@ VOCABULARY = 325
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Untied, and with a vocabulary that two ranks have to pad."""
     folder = tmp_path_factory.mktemp("m") / "m"
-    return make_llama(folder, layers=LAYERS, tied=False, vocabulary=VOCABULARY)
+    return make_llama(folder, heads=8, kv=4, layers=LAYERS, tied=False, vocabulary=VOCABULARY)
 
 
 def make_plan(folder: Path) -> SPDPlan:
     plan = SPDPlan.dense(CheckpointReader(folder).base_model(), BRANCHES).with_drops(DROPPED)
-    return plan.with_block(1, mlp_norm=True, recovery="b2b").with_block(2, kv_group_order=[1, 0])
+    return plan.with_block(1, mlp_norm=True, recovery="b2b").with_block(2, kv_group_order=[2, 0, 3, 1])
 
 
 def make_tokens() -> Tensor:
@@ -126,6 +126,9 @@ def reference(model: Path, which: str) -> tuple[list[dict[str, Tensor]], list[fl
         (4, 2, 1, 0, "blocks", True),
         (4, 2, 2, 2, "blocks", False),
         (4, 2, 1, 1, "blocks", False),
+        # M > G: two ranks share a branch.
+        (4, 4, 1, 0, "blocks", True),
+        (4, 4, 1, 1, "vectors", False),
     ],
 )
 def test_equals_a_plain_loop(
@@ -159,8 +162,8 @@ def test_equals_a_plain_loop(
         for name, tensor in best[block].items():
             # Adam divides by the size of the gradient: where that is tiny its sign may differ, for a step of
             # at most RATE.
-            close = (got[name].double() - tensor).abs() < 1e-4
-            assert close.double().mean() > 0.98, (block, name)
+            off = (got[name].double() - tensor).abs() >= 1e-4
+            assert int(off.sum()) <= max(1, 0.02 * off.numel()), (block, name)
             moved = which == "blocks" or "norm" in name
             assert torch.equal(got[name], base(block)[name]) != moved, (block, name)
     assert not (tmp_path / "out" / "unfinished").exists()

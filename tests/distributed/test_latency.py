@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,14 @@ def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def runners_of(
-    folder: Path, runtime: Runtime, drops: list[str], collectives: Sequence[str] = ("full",)
+    folder: Path,
+    runtime: Runtime,
+    drops: list[str],
+    collectives: Sequence[str] = ("full",),
+    branches: int | None = None,
 ) -> dict[str, Runner]:
     reader = CheckpointReader(folder)
-    plain = SPDPlan.dense(reader.base_model(), runtime.tp_size)
+    plain = SPDPlan.dense(reader.base_model(), branches or runtime.tp_size)
     runners: dict[str, Runner] = {}
     for variant in make_variants(plain, drops, collectives):
         model = load_model(reader, variant.plan, runtime, torch.float32)
@@ -136,6 +141,32 @@ def test_calls_and_bytes_are_the_plans(tmp_path: Path, ranks: int) -> None:
     # Every rank has the same answer.
     assert all(a["figures"] == figures and a["link"] == answers[0]["link"] for a in answers)
     assert answers[0]["link"].seconds_per_call > 0
+
+
+def measured_inside_branches(folder: Path) -> dict[str, Any]:
+    """Two branches of two ranks each."""
+    runtime = initialize(4)
+    runners = runners_of(folder, runtime, ["attention", "4"], branches=2)
+    found = measure(runners, Workload(2, 11, 3), runtime, rounds=1, recorded_rounds=1)
+    return {name: m.first_token.traffic for name, m in found.items()}
+
+
+def test_calls_inside_branches_are_counted_by_themselves(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "m", **{**SHAPE, "kv": 4})
+    found = run_ranks(4, measured_inside_branches, folder)[0]
+    kept = {PLAIN: (6, 0), "attention (3) dropped": (3, 3), "4 of 6 dropped": (2, 4), LIMIT: (0, 0)}
+    message = 22 * 48 * 4
+    for name, (across, inside) in kept.items():
+        # In an all-reduce a rank of four sends 1.5 times the message, one of two once.
+        wanted = (
+            across,
+            across * message,
+            across * 1.5 * message,
+            inside,
+            inside * message,
+            inside * message,
+        )
+        assert dataclasses.astuple(found[name]) == pytest.approx(wanted), name
 
 
 def low_bit_traffic(folder: Path) -> dict[str, tuple[int, int, float]]:

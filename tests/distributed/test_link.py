@@ -101,6 +101,33 @@ def test_bench_on_links_of_two_speeds(tmp_path: Path) -> None:
     assert {"bench.json", "bench.md", "bench.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.timeout(600)  # four ranks that start on a busy machine
+def test_two_nodes_of_two_ranks(tmp_path: Path) -> None:
+    """What is summed inside a branch, on one node, does not go over the slow link."""
+    folder = make_llama(tmp_path / "m", hidden=192, heads=4, kv=4, ffn=96)
+    before = interfaces()
+    line = [
+        *arguments(folder, tmp_path / "out", "0.05"),
+        "--ranks",
+        4,
+        "--branches",
+        2,
+        "--ranks-per-node",
+        2,
+    ]
+    result = answer(*line, "--drops", "5")
+    assert interfaces() == before
+    assert (result["ranks"], result["ranks_per_node"]) == (4, 2)
+    link = result["links"][0]
+    inside = link["inside"]["2"]["bytes_per_second"]
+    assert inside > 3 * link["nominal"] > 3 * 0.5 * link["bytes_per_second"]
+    plain, dropped = (link["cases"][0]["variants"][n]["first_token"] for n in ("plain", "5 of 6 dropped"))
+    assert (plain["calls"], plain["inside_calls"]) == (6, 0)
+    assert (dropped["calls"], dropped["inside_calls"]) == (1, 5)
+    # Five messages of 49 kB, 1.5 times each, at 50 Mbit/s are 59 ms.
+    assert dropped["seconds"]["median"] < plain["seconds"]["median"]
+
+
 def test_collectives_on_a_link(tmp_path: Path) -> None:
     result = answer(
         *("collectives", "--ranks", RANKS, "--link-rates", "0.05", "--messages", "128k"),

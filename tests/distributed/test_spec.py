@@ -56,12 +56,18 @@ def refusal(case: Case, ranks: int, changes: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("ranks", "changes", "message"),
     [
-        (2, {}, "M = 2 ranks cannot run a plan of G = 3 branches; M may be one of [1, 3]"),
-        (6, {}, "M = 6 ranks"),
+        (2, {}, "M = 2 ranks cannot run a plan of G = 3 branches; M may be one of [1, 3, 6, 12]"),
+        (4, {}, "M = 4 ranks"),
         (1, {"num_layers": 5}, "num_layers = 5, the plan is for 4"),
-        (3, {"sequence_parallel": True}, "sequence_parallel"),
-        (1, {"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size"),
-        (1, {"num_moe_experts": 4}, "num_moe_experts"),
+        (1, {"context_parallel_size": 2}, "context_parallel_size = 2: Megatron-core's attention"),
+        (1, {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.01}, "moe_aux_loss_coeff"),
+        (6, {"num_moe_experts": 4, "moe_aux_loss_coeff": 0}, "experts with M = 6 ranks for G = 3"),
+        (1, {"num_moe_experts": 4, "moe_shared_expert_intermediate_size": 8}, "shared_expert"),
+        (
+            3,
+            {"num_moe_experts": 4, "moe_aux_loss_coeff": 0, "sequence_parallel": True},
+            "sequence_parallel with exp",
+        ),
         (1, {"fp32_residual_connection": True}, "fp32_residual_connection"),
     ],
 )
@@ -69,20 +75,28 @@ def test_what_does_not_fit_is_refused(ranks: int, changes: dict[str, Any], messa
     assert message in run_ranks(1, refusal, CASE, ranks, changes)[0]
 
 
-def branch_sharding() -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Global shape and this rank's offset of every branch tensor of a layer that has all of them."""
+def test_low_bit_points_are_refused_under_sequence_parallelism() -> None:
+    case = dataclasses.replace(CASE, collective="int4")
+    assert "low-bit sync points" in run_ranks(1, refusal, case, 3, {"sequence_parallel": True})[0]
+
+
+def branch_sharding(branches: int, ranks: int) -> dict[str, tuple]:
+    """Global shape, this rank's offset and copy of every branch tensor of a layer that has all of them."""
     from megatron.core import parallel_state
 
-    unit = build_case(Case(4, 1, (0,), shifts=(0, 1), norms=(0, 1)), initialize(2))
+    unit = build_case(Case(branches, 1, (0,), shifts=(0, 1), norms=(0, 1)), initialize(ranks))
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     sharded = unit.blocks.layers[0].sharded_state_dict(metadata=metadata)
     tensors = {entry.name: sharded[entry.name] for entry in LLAMA.branch_tensors}
-    return {name: (t.global_shape, t.global_offset) for name, t in tensors.items()}
+    return {name: (t.global_shape, t.global_offset, t.replica_id) for name, t in tensors.items()}
 
 
 def test_branch_tensors_are_sharded_over_branches_in_megatron_checkpoints() -> None:
-    for rank, sharded in enumerate(run_ranks(2, branch_sharding)):
-        assert sharded == {entry.name: ((4, 16), (2 * rank, 0)) for entry in LLAMA.branch_tensors}
+    for rank, sharded in enumerate(run_ranks(2, branch_sharding, 4, 2)):
+        assert sharded == {entry.name: ((4, 16), (2 * rank, 0), (0, 0, 0)) for entry in LLAMA.branch_tensors}
+    for rank, sharded in enumerate(run_ranks(4, branch_sharding, 2, 4)):
+        place = ((2, 16), (rank // 2, 0), (0, rank % 2, 0))
+        assert sharded == {entry.name: place for entry in LLAMA.branch_tensors}
 
 
 def decoded(folder: Path, ids: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
@@ -115,11 +129,11 @@ def decoded(folder: Path, ids: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
     return at_once, torch.cat([part[:, -1:] for part in parts], 1)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_kv_cache_decoding_equals_full_recompute(tmp_path: Path, ranks: int) -> None:
-    base = make_llama(tmp_path / "m", hidden=48, heads=12, kv=6, ffn=48)
+@pytest.mark.parametrize(("branches", "ranks", "kv"), [(3, 1, 6), (3, 3, 6), (2, 4, 4)])
+def test_kv_cache_decoding_equals_full_recompute(tmp_path: Path, branches: int, ranks: int, kv: int) -> None:
+    base = make_llama(tmp_path / "m", hidden=48, heads=12, kv=kv, ffn=48)
     folder = make_export(
-        base, tmp_path / "x", 3, (0, 1, 2), [(1, "attention")], norms=[(0, "mlp"), (1, "attention")]
+        base, tmp_path / "x", branches, (0, 1, 2), [(1, "attention")], norms=[(0, "mlp"), (1, "attention")]
     )
     ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
     at_once, stepwise = run_ranks(ranks, decoded, folder, ids, ranks)[0]

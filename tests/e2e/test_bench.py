@@ -65,6 +65,11 @@ def test_the_tool_runs_two_ranks(tmp_path: Path) -> None:
         (["--batch-sizes", "0"], "--batch-sizes is '0'; expected whole numbers above 0"),
         (["--prompt-lengths", "1,x"], "--prompt-lengths is '1,x'"),
         (["--link-rates", "fast"], "--link-rates is 'fast'; expected numbers above 0"),
+        (["--ranks-per-node", "2"], "give --link-rates as well"),
+        (
+            ["--ranks", "4", "--ranks-per-node", "3", "--link-rates", "1"],
+            "--ranks-per-node 3 makes no two or more equal nodes of --ranks 4",
+        ),
         (["--new-tokens", "1"], "--new-tokens is 1; it must be >= 2"),
         (["--branches", "4"], "G = 4 branches do not divide"),
         (["--plans", "nowhere.json"], "no plan at nowhere.json"),

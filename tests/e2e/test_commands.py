@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.checkpoint.remote_code.modeling_spd_llama import SPDLlamaForCausalLM
+from megatron_spd.checkpoint.remote_code.modeling_spd import SPDLlamaForCausalLM
 from megatron_spd.plan import SPDPlan
 from tests.command_line import answer, command, files
 from tests.models import make_llama, tiny_text, tiny_tokenizer

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from megatron_spd.calibration.text import embedded_text
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.checkpoint.remote_code.modeling_spd_llama import SPDLlamaForCausalLM
+from megatron_spd.checkpoint.remote_code.modeling_spd import SPDLlamaForCausalLM
 from tests.command_line import answer, command
 from tests.e2e.bad_input import assert_one_line
 from tests.models import make_export, make_llama, tiny_text, tiny_tokenizer

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.families import make_model
 from tests.models import make_export, make_llama
 from tests.serving.processes import NEEDS_VLLM, SMALL, environment, run_program
 
@@ -16,14 +17,12 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"tensor_parallel_size": 1}, ""),
     ({"tensor_parallel_size": 2}, ""),
     ({"tensor_parallel_size": 4}, ""),
+    ({"tensor_parallel_size": 8}, ""),
     (
         {"tensor_parallel_size": 3},
-        "M = 3 ranks cannot run a plan of G = 4 branches; M may be one of [1, 2, 4]",
+        "M = 3 ranks cannot run a plan of G = 4 branches; M may be one of [1, 2, 4, 8, 12, 24]",
     ),
-    (
-        {"tensor_parallel_size": 8},
-        "M = 8 ranks cannot run a plan of G = 4 branches; M may be one of [1, 2, 4]",
-    ),
+    ({"tensor_parallel_size": 6}, "M = 6 ranks cannot run a plan of G = 4 branches"),
     ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size > 1 does not work with an SPD model"),
     ({"enable_lora": True}, "--enable-lora does not work with an SPD model"),
     (
@@ -32,18 +31,20 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"model": "low_bit", "enable_lora": True}, "--enable-lora does not work with an SPD model"),
     ({"model": "plain", "enable_lora": True}, ""),
+    ({"model": "experts"}, "vLLM does not run the mixtral exports of this package"),
 ]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Exports: one point dropped; all kept, one of them low-bit; all kept."""
+    """Exports: one point dropped; all kept, one of them low-bit; all kept; with experts."""
     folder = tmp_path_factory.mktemp("models")
     base = make_llama(folder / "base", hidden=96, heads=24, kv=24, layers=2, ffn=96, head_dim=32)
     made = {
         "dropped": make_export(base, folder / "dropped", 4, [0]),
         "low_bit": make_export(base, folder / "low_bit", 4, [], low_bit={1: "int8"}),
         "plain": make_export(base, folder / "plain", 4, []),
+        "experts": make_export(make_model("mixtral", folder / "mixtral"), folder / "experts", 2, [0]),
     }
     return {name: str(path) for name, path in made.items()}
 
@@ -61,7 +62,7 @@ def test_options_are_checked_before_anything_starts(answer: dict[str, Any]) -> N
     for message, (options, expected) in zip(answer["with"], CASES, strict=True):
         assert expected in message if expected else message == "", (options, message)
     # The package's own class, not the code in the export's folder.
-    config = "megatron_spd.checkpoint.remote_code.configuration_spd_llama.SPDLlamaConfig"
+    config = "megatron_spd.checkpoint.remote_code.configuration_spd.SPDLlamaConfig"
     assert answer["config"] == config
 
 

@@ -67,6 +67,13 @@ def only_low_bit(calls: list[list[object]], expected: list[list[object]]) -> lis
     return [call for call in calls if call[0] == "all_to_all_single" or call in expected]
 
 
+def test_two_ranks_share_a_branch(tmp_path: Path) -> None:
+    """M > G. (Ranks spin while they wait: four of them on two cores take longer to start than a test should.)"""
+    model = export(tmp_path, 1, hidden=96, heads=8, kv=4, biases=True)
+    expected = transformers_tokens(model, PROMPTS, NEW)
+    assert generate(model, 2, [PROMPTS], NEW, tmp_path, timeout=900)["tokens"] == [expected]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_smollm2(smollm2: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from megatron_spd.calibration.text import read_text, token_batches
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.evaluate.generate import load_for_generation
+from tests.families import make_model
 from tests.models import make_export, make_llama
 
 BENCHMARKS = Path(__file__).parents[2] / "tools" / "benchmarks"
@@ -25,8 +26,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("m") / "m")
 
 
-def start(name: str, model: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    sizes = ["--sequences", "4", "--seq-length", "8", "--threads", "1", "--json"]
+def start(name: str, model: Path, *options: str, threads: bool = True) -> subprocess.CompletedProcess[str]:
+    sizes = ["--sequences", "4", "--seq-length", "8", *(["--threads", "1"] if threads else []), "--json"]
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--model", str(model), *sizes, *options]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=env)
@@ -117,6 +118,19 @@ def divergence(export: Path, plain: Path, sequences: int, length: int) -> float:
             for folder in (export, plain)
         )
     return float((theirs.exp() * (theirs - mine)).sum(-1).mean())
+
+
+def test_routing(tmp_path: Path) -> None:
+    experts = make_model("mixtral", tmp_path / "m")
+    done = start("routing", experts, "--branches", "2", "--seq-length", "24", threads=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["bytes"] == {"routing": 2 * 6, "all-reduce": 48 * 4}
+    assert len(result["blocks"]) == 3
+    assert all(0 < block["branch"] != block["first"] > 0 for block in result["blocks"])
+    for routing, kl in result["kl"].items():
+        export = make_export(experts, tmp_path / routing, 2, [0, 2, 4], routing=routing)
+        assert kl == pytest.approx(divergence(export, experts, 4, 24), rel=1e-4)
 
 
 def test_a_mistake_is_one_line(model: Path) -> None:

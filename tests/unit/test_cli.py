@@ -221,6 +221,7 @@ def test_a_wrong_command_line_needs_no_torch() -> None:
         ("distill", "distill"),
         ("export_spd", "export"),
         ("evaluate", "evaluate"),
+        ("convert", "convert"),
     ],
 )
 def test_tools_are_the_commands(script: str, command: str, tmp_path: Path) -> None:
@@ -228,5 +229,5 @@ def test_tools_are_the_commands(script: str, command: str, tmp_path: Path) -> No
     program = [sys.executable, str(ROOT / "tools" / f"{script}.py")]
     done = subprocess.run([*program, "--nonsense"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("megatron-spd: error: the following arguments are required: --model")
+    assert done.stderr.startswith("megatron-spd: error: the following arguments are required: --")
     assert f"megatron-spd {command} --help" in done.stderr

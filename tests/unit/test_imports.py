@@ -22,8 +22,8 @@ LEVELS: list[set[str]] = [
     {"models"},
     {"checkpoint", "calibration"},
     {"sensitivity", "grouping", "distill", "evaluate", "latency", "serving"},
-    {"report", "stages", "compensation", "planning", "optimizing", "run_folder"},
-    {"pipeline", "curve", "curve_variants", "commands"},
+    {"report", "stages", "compensation", "planning", "optimizing", "converting", "exchange", "run_folder"},
+    {"pipeline", "curve", "curve_variants", "commands", "scale", "finetune"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
@@ -31,7 +31,17 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 #: Who may import a framework.
 PLACES: dict[str, set[str]] = {
     "deepspeed": {"runtime", "distill"},
-    "megatron": {"runtime", "layers", "models", "calibration", "distill", "evaluate", "latency"},
+    "megatron": {
+        "runtime",
+        "layers",
+        "models",
+        "checkpoint",
+        "calibration",
+        "distill",
+        "evaluate",
+        "latency",
+        "finetune",
+    },
     "wandb": {"distill"},
     "lm_eval": {"evaluate"},
     "datasets": {"evaluate"},

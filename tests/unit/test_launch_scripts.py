@@ -130,3 +130,35 @@ def test_deepspeed_reads_its_files(path: Path) -> None:
 def test_there_are_scripts_and_configs() -> None:
     assert {"env.sh", "test.sh", "quickstart.sh", "distill.sh"} <= {p.name for p in SCRIPTS}
     assert len(CONFIGS) >= 4
+
+
+STUB_SRUN = """#!/usr/bin/env bash
+# Two tasks, one after the other.
+echo "srun $1" >> "$SLURM_SUBMIT_DIR/seen"
+shift
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 "$@"; done
+"""
+STUB_PYTHON = """#!/usr/bin/env bash
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$SLURM_SUBMIT_DIR/seen"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "program"), [("distill", "tools/distill.py"), ("run", "-m megatron_spd.cli run")]
+)
+def test_slurm_scripts_start_a_rank_for_each_task(tmp_path: Path, name: str, program: str) -> None:
+    script = ROOT / "launch" / "slurm" / f"{name}.sbatch"
+    assert os.access(script, os.X_OK)
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    stubs = {"srun": STUB_SRUN, "python": STUB_PYTHON, "scontrol": "#!/bin/sh\nprintf 'node7\\nnode8\\n'\n"}
+    for stub, text in stubs.items():
+        (tools / stub).write_text(text)
+        (tools / stub).chmod(0o755)
+    env = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "n", "SLURM_JOB_ID": "12345"}
+    env.pop("MASTER_PORT", None)
+    subprocess.run(["bash", str(script), "--model", "a b"], env=env, check=True, timeout=60)
+    first, *ranks = (tmp_path / "seen").read_text().splitlines()
+    assert first == "srun --kill-on-bad-exit=1"
+    program = program if program.startswith("-m") else f"{tmp_path}/{program}"
+    assert ranks == [f"{r} {r} 2 node7 22345 {program} --model a b" for r in (0, 1)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_spd.collective import FULL, NONE
 from megatron_spd.errors import PlanError, UserError
-from megatron_spd.plan import PLAN_VERSION, RECOVERIES, TIERS, BaseModel, BlockPlan, SPDPlan
+from megatron_spd.plan import PLAN_VERSION, RECOVERIES, TIERS, BaseModel, BlockPlan, SPDPlan, branches_of_rank
 
 BASE = BaseModel("f" * 64, "llama", 4, 24, 6, 3, 12)
 
@@ -102,6 +102,17 @@ def test_a_plan_of_version_1_is_read_as_one_of_the_present_version():
     assert plan.version == PLAN_VERSION == 2
 
 
+def test_the_routing_of_experts_is_written_where_it_is_not_the_usual_one():
+    """So that plans of dense models, and what is derived from their text, stay as they were."""
+    plan = plan_with([0])
+    assert "routing" not in plan.to_dict()
+    first = dataclasses.replace(plan, routing="first")
+    assert SPDPlan.from_dict(first.to_dict()) == first != plan
+    assert first.block_schedule(0).routing == "first"
+    # A plan that drops nothing is the dense model, whoever routes.
+    assert dataclasses.replace(plan_with(), routing="first").block_schedule(0).is_stock
+
+
 def test_load_errors_name_the_file(tmp_path):
     with pytest.raises(PlanError, match=r"no plan at .*missing\.json.*megatron-spd plan"):
         SPDPlan.load(tmp_path / "missing.json")
@@ -121,6 +132,7 @@ WRONG = [
     (("branches",), 1.0, "branches"),
     (("provenance",), [], "provenance"),
     (("extra",), 1, "extra"),
+    (("routing",), "last", "routing"),
     (("sync_points",), [FULL] * 7, "sync_points"),
     (("sync_points",), None, "sync_points"),
     (("sync_points", 5), "lowbit4", "sync_points[5]"),
@@ -321,6 +333,32 @@ def test_ranks_that_fit_no_case(ranks):
         UserError, match=rf"M = {ranks} ranks .* G = 6 branches; M may be one of \[1, 2, 3, 6\]"
     ):
         plan_with(base=base, branches=6).check_ranks(ranks)
+
+
+def test_branches_that_divide_the_ranks():
+    base = dataclasses.replace(BASE, num_attention_heads=8, num_key_value_heads=8, intermediate_size=24)
+    plan = plan_with(base=base, branches=2)
+    for ranks in (1, 2, 4, 8):
+        plan.check_ranks(ranks)
+    # 6 divides neither heads nor G; 16 is more than there are key/value groups.
+    for ranks in (3, 6, 16):
+        with pytest.raises(
+            UserError, match=r"may be one of \[1, 2, 4, 8\] .* 8 heads, 8 key/value groups and 24"
+        ):
+            plan.check_ranks(ranks)
+
+
+@pytest.mark.parametrize(
+    ("branches", "ranks", "wanted"),
+    [
+        (6, 2, [range(0, 3), range(3, 6)]),
+        (2, 2, [range(1), range(1, 2)]),
+        (2, 4, [*2 * [range(1)], *2 * [range(1, 2)]]),
+    ],
+)
+def test_branches_of_a_rank(branches, ranks, wanted):
+    slices = [branches_of_rank(branches, rank, ranks) for rank in range(ranks)]
+    assert [range(s.start, s.stop) for s in slices] == wanted
 
 
 def test_a_plan_of_another_model():

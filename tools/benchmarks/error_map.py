@@ -71,8 +71,7 @@ def _walk(plan: SPDPlan, student: BlockStreamer, plain: BlockStreamer, tokens: T
 
 def _by_position(plain: BlockStreamer, x: list[Tensor], wanted: list[Tensor]) -> list[dict[str, Any]]:
     reader = plain.reader
-    table = reader.get(reader.family.embedding if reader.tied else reader.family.output_layer)
-    head = OutputLayer(reader.get(reader.family.final_norm), table, reader.config["rms_norm_eps"])
+    head = OutputLayer(reader.final_norm(), reader.output_table())
     parts = []
     for mine, theirs in zip(x, wanted, strict=True):
         rows = [states[:-1].flatten(0, 1).float() for states in (mine, theirs)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from megatron_spd.errors import UserError
+from megatron_spd.models.registry import family_of
 from megatron_spd.plan import SPDPlan
 
 if TYPE_CHECKING:
@@ -26,9 +27,20 @@ class SPDOptionsCheck(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Raise UserError for options under which the export would not compute the plan."""
-        plan = plan_of(vllm_config.model_config.hf_config)
+        config = vllm_config.model_config.hf_config
+        check_model(config)
+        plan = plan_of(config)
         if plan is not None:
             check_options(plan, vllm_config)
+
+
+def check_model(config: PreTrainedConfig) -> None:
+    """Raise UserError for an export of a model that vLLM's class of its family does not compute."""
+    if config.model_type == "spd_qwen3" and getattr(config, "attention_bias", False):
+        raise UserError(
+            "vLLM's Qwen3 has no bias behind its attention (attention_bias = true) and would leave this model's out; "
+            "serve it in transformers"
+        )
 
 
 def check_options(plan: SPDPlan, vllm_config: VllmConfig) -> None:
@@ -36,6 +48,11 @@ def check_options(plan: SPDPlan, vllm_config: VllmConfig) -> None:
     hidden states between blocks, which are partial sums where a plan drops points."""
     ranks = vllm_config.parallel_config.tensor_parallel_size
     plan.check_ranks(ranks)
+    if family_of(plan.base_model.model_type).tables.experts:
+        raise UserError(
+            f"vLLM does not run the {plan.base_model.model_type} exports of this package: its experts take one routing "
+            "decision for all ranks; use transformers or Megatron-core"
+        )
     if all(plan.block_schedule(block).is_stock for block in range(plan.num_layers)):
         return
     for given, option, instead in _refused(vllm_config):

@@ -1,4 +1,4 @@
-"""The families of SPD exports that vLLM can serve."""
+"""The families of SPD exports that vLLM can serve: all that the package knows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
+
+from megatron_spd.models import registry as models
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,14 @@ class ServedFamily:
         return getattr(importlib.import_module(module), name)
 
 
-FAMILIES = (
+_CONFIGS = "megatron_spd.checkpoint.remote_code.configuration_spd"
+_MODELS = "megatron_spd.serving.vllm.models"
+
+FAMILIES = tuple(
     ServedFamily(
-        architecture="SPDLlamaForCausalLM",
-        config="megatron_spd.checkpoint.remote_code.configuration_spd_llama:SPDLlamaConfig",
-        model="megatron_spd.serving.vllm.llama:SPDLlamaForCausalLM",
-    ),
+        architecture=f"SPD{family.classes}ForCausalLM",
+        config=f"{_CONFIGS}:SPD{family.classes}Config",
+        model=f"{_MODELS}:SPD{family.classes}ForCausalLM",
+    )
+    for family in models.FAMILIES
 )

@@ -7,6 +7,9 @@ branch norm w_g, b_g (else 1 and 0):
     z_g = norm(X + P_g + c_g) * w_g + b_g;   P_g += sublayer_g(z_g);   X += b
     if the sync point after it is kept:   X += all_reduce(sum of P_g);   P = 0
 
+Where M / G > 1 ranks share a branch (B = 1), a sublayer's output is summed among them at a dropped point; at a kept
+one the first of them gives P_g to the all-reduce over all ranks (``comm/branches.py`` says why that is exact).
+
 Between layers the two travel as vLLM's ``hidden_states`` and ``residual``: after a kept point hidden states are what
 was reduced, not yet added to X (the next norm adds it, as in every vLLM model); after a dropped MLP point they are P.
 All that decides what is computed is known when the layer is built: forward holds no branch on data.
@@ -20,23 +23,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
-from megatron_spd.plan import SPDPlan
-from megatron_spd.serving.vllm.collective import all_reduce_of
+from megatron_spd.plan import SPDPlan, branches_of_rank
+from megatron_spd.serving.vllm.collective import all_reduce_of, branch_sum
 from megatron_spd.serving.vllm.linear import BranchInputMethod, BranchOutputMethod
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Names of a sublayer in a family's decoder layer, of the norm in front of it, and of its two linears."""
+    """Names in a family's decoder layer: ``module``, which gets the vectors of a sublayer; the ``norm`` in front of
+    it; its two linears, by the names on the way to them."""
 
     module: str
     norm: str
-    column: str
-    row: str
+    column: tuple[str, ...]
+    row: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,15 @@ class SyncPointRule(nn.Module):
     """Mixed in front of a decoder layer of vLLM's whose forward takes and gives hidden states and residual."""
 
     #: For a family whose layers have other names.
-    ATTENTION = Parts("self_attn", "input_layernorm", "qkv_proj", "o_proj")
-    MLP = Parts("mlp", "post_attention_layernorm", "gate_up_proj", "down_proj")
+    ATTENTION = Parts("self_attn", "input_layernorm", ("self_attn", "qkv_proj"), ("self_attn", "o_proj"))
+    MLP = Parts("mlp", "post_attention_layernorm", ("mlp", "gate_up_proj"), ("mlp", "down_proj"))
 
+    self_attn: Any
+    mlp: Any
     branches: int
+    #: For M > G: the sum over the ranks of the branch, and whether this is not the first of them.
+    branch_sum: Callable[[Tensor], Tensor] | None
+    follows: bool
     attention_step: Step
     mlp_step: Step
 
@@ -74,7 +81,10 @@ class SyncPointRule(nn.Module):
         from the rank's rows of the export's [G, h].
         """
         schedule = plan.block_schedule(block)
-        self.branches = plan.branches // get_tensor_model_parallel_world_size()
+        ranks = get_tensor_model_parallel_world_size()
+        self.branches = max(1, plan.branches // ranks)
+        self.branch_sum = branch_sum(plan.branches)
+        self.follows = get_tensor_model_parallel_rank() % max(1, ranks // plan.branches) > 0
         self.attention_step = Step(
             self.ATTENTION,
             schedule.pending,
@@ -94,8 +104,10 @@ class SyncPointRule(nn.Module):
 
     def _prepare(self, step: Step) -> None:
         """Set the step's linears to give partial sums, by branch where branches differ, and add its vectors."""
-        module = getattr(self, step.parts.module)
-        column, row = getattr(module, step.parts.column), getattr(module, step.parts.row)
+        module, column, row = (
+            getattr(self, step.parts.module),
+            *map(self._part, (step.parts.column, step.parts.row)),
+        )
         row.reduce_results = False
         row.skip_bias_add = True
         if self.branches > 1 and not step.plain_input:
@@ -110,17 +122,17 @@ class SyncPointRule(nn.Module):
             module.spd_norm_bias = _branch_vectors(torch.zeros(size))
 
     def forward(
-        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **_: None
     ) -> tuple[Tensor, Tensor]:
         """``positions`` [T], ``hidden_states`` [T, h], or P [T, B * h] behind a dropped MLP point, and ``residual`` X
-        [T, h], None in front of the first block -> the last two after the block."""
+        [T, h], None in front of the first block -> the last two after the block. What else vLLM's model hands its
+        layers (Mistral's speech models have a condition) is None in a text model."""
 
         def attention(z: Tensor) -> Tensor:
-            return getattr(self, self.ATTENTION.module)(positions=positions, hidden_states=z)
+            return self.self_attn(positions=positions, hidden_states=z)
 
         hidden_states, residual = self._advance(self.attention_step, attention, hidden_states, residual)
-        mlp = getattr(self, self.MLP.module)
-        return self._advance(self.mlp_step, mlp, hidden_states, residual)
+        return self._advance(self.mlp_step, self.mlp, hidden_states, residual)
 
     def _advance(
         self,
@@ -131,20 +143,33 @@ class SyncPointRule(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """One step of the rule: hidden states and residual -> the same two."""
         if step.plain_input and residual is not None:
-            # vLLM's fused kernel adds what the last point reduced and takes the norm; it may overwrite both.
-            z, x = getattr(self, step.parts.norm)(hidden_states, residual)
+            z, x = self._add_and_norm(getattr(self, step.parts.norm), hidden_states, residual)
         else:
             x = hidden_states if residual is None else residual
             if not step.pending and residual is not None:
                 x = x + hidden_states
             z = self._branch_input(step, x, hidden_states if step.pending else None)
         output = sublayer(z)
-        if step.pending:
+        if step.all_reduce is None and self.branch_sum is not None:
+            output = self.branch_sum(output)
+        if step.pending and not (step.all_reduce is not None and self.follows):
             output = self._add_pending(output, hidden_states)
         if step.all_reduce is not None:
             output = step.all_reduce(output)
-        bias = getattr(getattr(self, step.parts.module), step.parts.row).bias
+        bias = self._part(step.parts.row).bias
         return output, x if bias is None else x + bias
+
+    def _part(self, names: tuple[str, ...]) -> Any:
+        """What is found by ``names``, one in the other."""
+        found: Any = self
+        for name in names:
+            found = getattr(found, name)
+        return found
+
+    def _add_and_norm(self, norm: nn.Module, reduced: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(X) and X [T, h] from what the last point ``reduced`` and the residual. vLLM's fused kernel may overwrite
+        both."""
+        return norm(reduced, residual)
 
     def _add_pending(self, output: Tensor, pending: Tensor) -> Tensor:
         """P [T, B * h] added to a sublayer's output: branch by branch, or summed where the output [T, h] is a sum."""
@@ -166,31 +191,53 @@ class SyncPointRule(nn.Module):
         return z.flatten(-2)
 
 
-def layer_type(
-    plan: SPDPlan | None, stock: type[nn.Module], spd: type[SyncPointRule]
-) -> Callable[..., nn.Module]:
-    """What builds the layers of a model under ``plan`` in the place of vLLM's layer class ``stock``.
+class OneTensorRule(SyncPointRule):
+    """For OPT's decoder layer, whose forward takes and gives one tensor: X [T, h], and behind a dropped MLP point X and
+    P, one after the other, [T, (1 + B) * h]. Its MLP has no module of its own, and its norm adds nothing."""
 
-    That is the class itself for blocks that are plain tensor parallelism, ``spd`` for the others. Raises UserError
-    where the plan does not run on this many ranks.
-    """
-    if plan is None:
-        return stock
-    plan.check_ranks(get_tensor_model_parallel_world_size())
+    ATTENTION = Parts(
+        "self_attn", "self_attn_layer_norm", ("self_attn", "qkv_proj"), ("self_attn", "out_proj")
+    )
+    MLP = Parts("mlp", "final_layer_norm", ("fc1",), ("fc2",))
 
-    def build(*args: Any, prefix: str, **kwargs: Any) -> nn.Module:
-        block = extract_layer_index(prefix)
-        if plan.block_schedule(block).is_stock:
-            return stock(*args, prefix=prefix, **kwargs)
-        layer = spd(*args, prefix=prefix, **kwargs)
-        layer.follow(plan, block)
-        return layer
+    embed_dim: int
+    fc1: Any
+    activation_fn: Any
+    fc2: Any
 
-    return build
+    def follow(self, plan: SPDPlan, block: int) -> None:
+        """As :meth:`SyncPointRule.follow`."""
+        self.mlp = nn.Module()  # for the vectors
+        super().follow(plan, block)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """X, or X and P, [T, h] or [T, (1 + B) * h] -> the same."""
+        residual = None
+        if self.attention_step.pending:
+            residual, hidden_states = hidden_states.tensor_split([self.embed_dim], -1)
+
+        def mlp(z: Tensor) -> Tensor:
+            return self.fc2(self.activation_fn(self.fc1(z)[0]))[0]
+
+        hidden_states, residual = self._advance(self.attention_step, self.self_attn, hidden_states, residual)
+        hidden_states, residual = self._advance(self.mlp_step, mlp, hidden_states, residual)
+        if self.mlp_step.all_reduce is None:
+            return torch.cat([residual, hidden_states], -1)
+        return residual + hidden_states
+
+    def _add_and_norm(self, norm: nn.Module, reduced: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        x = residual + reduced
+        return norm(x), x
 
 
 def _branch_vectors(values: Tensor) -> nn.Parameter:
     """A parameter [B, h] that vLLM's loader fills with the rank's rows of an export's [G, h]."""
     vectors = nn.Parameter(values, requires_grad=False)
-    vectors.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
+    vectors.weight_loader = _load_own_branches  # type: ignore[attr-defined]
     return vectors
+
+
+def _load_own_branches(vectors: Tensor, loaded: Tensor) -> None:
+    """``vectors`` [B, h] of this rank from those of all branches, ``loaded`` [G, h]."""
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    vectors.data.copy_(loaded[branches_of_rank(len(loaded), rank, ranks)])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_spd.calibration.scoring import OutputLayer
+from megatron_spd.models.norm import Norm
 
 HIDDEN = 12
 
@@ -18,13 +21,13 @@ def case(vocabulary: int, positions: int) -> tuple[OutputLayer, Tensor, Tensor]:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    layer = OutputLayer(random(HIDDEN).abs(), random(vocabulary, HIDDEN) * 2, 1e-5)
+    layer = OutputLayer(Norm("RMSNorm", 1e-5, random(HIDDEN).abs()), random(vocabulary, HIDDEN) * 2)
     return layer, random(positions, HIDDEN), random(positions, HIDDEN)
 
 
 def log_probabilities(layer: OutputLayer, rows: Tensor) -> Tensor:
-    scale = rows.square().mean(-1, keepdim=True).add(layer.norm_eps).rsqrt()
-    return (rows * scale * layer.norm @ layer.table.T).log_softmax(-1)
+    scale = rows.square().mean(-1, keepdim=True).add(layer.norm.eps).rsqrt()
+    return (rows * scale * layer.norm.weight @ layer.table.T).log_softmax(-1)
 
 
 #: Vocabularies and positions that end inside a slice, on its border, and behind it.
@@ -51,7 +54,7 @@ def test_divergence(vocabulary: int, positions: int) -> None:
 def test_divergence_from_itself_is_nothing_and_a_sharp_prediction_does_not_overflow() -> None:
     layer, rows, plain = case(2500, 40)
     assert layer.divergence(rows, rows).abs().max() == 0
-    sharp = OutputLayer(layer.norm * 100, layer.table, layer.norm_eps)
+    sharp = OutputLayer(dataclasses.replace(layer.norm, weight=layer.norm.weight * 100), layer.table)
     found = sharp.divergence(rows, plain)
     assert bool(found.isfinite().all())
     assert found.mean() > 10

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megatron_spd.checkpoint.export import export
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.checkpoint.remote_code.modeling_spd_llama import SPDLlamaForCausalLM
+from megatron_spd.checkpoint.remote_code.modeling_spd import SPDLlamaForCausalLM
 from megatron_spd.errors import CheckpointError, PlanError, UserError
 from megatron_spd.plan import SPDPlan
 from tests.models import LLAMA3_ROPE, make_export, make_llama
@@ -93,10 +93,10 @@ def test_what_lies_in_the_folder(tmp_path: Path) -> None:
     out = make_export(base, tmp_path / "out", 2, [0, 3], [(1, "mlp")])
     assert sorted(file.name for file in out.iterdir()) == [
         "config.json",
-        "configuration_spd_llama.py",
+        "configuration_spd.py",
         "generation_config.json",
         "model.safetensors",
-        "modeling_spd_llama.py",
+        "modeling_spd.py",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

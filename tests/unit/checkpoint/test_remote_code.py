@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from megatron_spd.checkpoint.remote_code.configuration_spd_llama import SPDLlamaConfig
-from megatron_spd.checkpoint.remote_code.modeling_spd_llama import SPDLlamaDecoderLayer, SPDLlamaForCausalLM
+from megatron_spd.checkpoint.remote_code.configuration_spd import SPDLlamaConfig
+from megatron_spd.checkpoint.remote_code.modeling_spd import SPDLlamaForCausalLM, SyncPointRule
 from tests.models import LLAMA3_ROPE, llama_config, randomise_
 from tests.reference import Shape, blocks_forward, rms_norm
 
@@ -154,7 +154,7 @@ def test_with_one_branch_any_schedule_is_llama(rope_scaling: dict[str, Any] | No
     """G = 1: nothing is ever missing. Holds for what the plain formula lacks, like scaled rotary embeddings."""
     config = llama_config(biases=True, tied=False, rope_scaling=rope_scaling)
     spd = spd_model(config, plan_dict(1, [0, 1, 2, 4]))
-    assert [type(layer) for layer in spd.model.layers] == [SPDLlamaDecoderLayer] * 3
+    assert all(isinstance(layer, SyncPointRule) for layer in spd.model.layers)
     plain = LlamaForCausalLM(config).double().eval()
     plain.load_state_dict(spd.state_dict())
     ids = token_ids(length=80)
@@ -164,7 +164,7 @@ def test_with_one_branch_any_schedule_is_llama(rope_scaling: dict[str, Any] | No
 def test_only_touched_blocks_are_replaced() -> None:
     plan = plan_dict(2, [2, 7], [(5, "mlp")], layers=7, norms=[(6, "attention")])
     model = spd_model(llama_config(layers=7), plan)
-    replaced = [type(layer) is SPDLlamaDecoderLayer for layer in model.model.layers]
+    replaced = [isinstance(layer, SyncPointRule) for layer in model.model.layers]
     assert replaced == [False, True, False, True, True, True, True]
 
 

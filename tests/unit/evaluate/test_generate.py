@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from megatron_spd.checkpoint.hf import CheckpointReader
-from megatron_spd.checkpoint.remote_code.modeling_spd_llama import SPDLlamaForCausalLM
+from megatron_spd.checkpoint.remote_code.modeling_spd import SPDLlamaForCausalLM
 from megatron_spd.errors import CheckpointError, UserError
 from megatron_spd.evaluate.generate import generate_text, load_for_generation
 from tests.models import make_export, make_llama

@@ -49,3 +49,9 @@ def test_saving_compares_runs_of_the_same_round() -> None:
 
 def test_no_share_of_a_saving_that_is_not_predicted() -> None:
     assert saving([1.0], [1.0], 0, 0.0, LinkSpeed(0.01, 1e6)).of_predicted is None
+
+
+def test_what_is_sent_inside_branches_is_taken_off_the_prediction() -> None:
+    link = LinkSpeed(0.01, 1e6)
+    found = saving([1.0], [0.9], calls_saved=10, sent_saved=1e5, link=link, seconds_inside=0.05)
+    assert found.predicted == pytest.approx(10 * 0.01 + 0.1 - 0.05)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_spd.latency.breakdown import Breakdown, Parts, RankTimes, as_json, break_down, median_breakdown
+from megatron_spd.latency.breakdown import (
+    Breakdown,
+    Parts,
+    RankTimes,
+    TimedCall,
+    as_json,
+    break_down,
+    median_breakdown,
+)
 
 
 def times(in_collectives: list[float], blocks: list[float], total: float) -> RankTimes:
     """A rank with one all-reduce in each of two blocks, and one in front of them."""
     places = (None, 0, 1)
-    calls = [("all_reduce", place, 8, s) for place, s in zip(places, in_collectives, strict=True)]
+    calls = [TimedCall("all_reduce", place, 8, 2, s) for place, s in zip(places, in_collectives, strict=True)]
     return RankTimes(calls, blocks, total)
 
 
@@ -23,6 +31,13 @@ def test_the_last_rank_to_enter_does_not_wait() -> None:
     assert found.outside == Parts(compute=2.0, communication=1.0, wait=0.0)
     assert found.total == Parts(7.0, 4.0, 3.0)
     assert found.total.total == 14.0
+
+
+def test_groups_of_ranks_wait_for_their_own() -> None:
+    spent = [[1.0, 3.0], [5.0, 9.0]]
+    ranks = [RankTimes([TimedCall("all_reduce", 0, 8, 2, s)], [10.0], 10.0) for pair in spent for s in pair]
+    # The last ranks of the two groups spend 1 and 5.
+    assert break_down(ranks).blocks == [Parts(compute=5.5, communication=3.0, wait=1.5)]
 
 
 def test_ranks_that_called_other_collectives_are_not_compared() -> None:

@@ -26,6 +26,9 @@ def phase(seconds: float, calls: int, predicted: float) -> dict[str, Any]:
         "calls": calls,
         "num_bytes": 1000 * calls,
         "sent": 1500.0 * calls,
+        "inside_calls": 0,
+        "inside_bytes": 0,
+        "inside_sent": 0.0,
         "saving": {
             "measured": {"median": saved, "low": saved, "high": saved},
             "change": {"median": -saved / 0.2, "low": -saved / 0.2, "high": -saved / 0.2},
@@ -46,9 +49,11 @@ def benchmark(gigabits: float | None = 1.0) -> dict[str, Any]:
     variants = {name: {"first_token": phase(*f), "next_token": phase(*f)} for name, f in figures.items()}
     case = {"batch": 2, "prompt": 128, "new_tokens": 16, "variants": variants}
     link = {"gigabits": gigabits, "seconds_per_call": 3e-4, "bytes_per_second": 1.1e8, "nominal": None}
+    link["inside"] = {}
     return {
         "model": "some/model",
         "ranks": 3,
+        "ranks_per_node": None,
         "backend": "gloo",
         "device": "cpu",
         "cores": 2,
@@ -58,6 +63,18 @@ def benchmark(gigabits: float | None = 1.0) -> dict[str, Any]:
         "variants": {name: {} for name in figures},
         "links": [{**link, "cases": [case]}],
     }
+
+
+def test_what_is_summed_inside_branches_stands_behind_a_plus() -> None:
+    hierarchical = benchmark()
+    hierarchical |= {"ranks": 4, "ranks_per_node": 2}
+    link = hierarchical["links"][0]
+    link["inside"] = {"2": {"seconds_per_call": 1e-4, "bytes_per_second": 1.1e9, "nominal": None}}
+    inside = {"inside_calls": 4, "inside_bytes": 4000, "inside_sent": 4000.0}
+    link["cases"][0]["variants"]["4 of 6 dropped"]["first_token"] |= inside
+    row = phase_rows(link["cases"][0], "first_token")[1]
+    assert row[1:3] == ("2 + 4", "2 kB + 4 kB")
+    assert "M = 4 ranks on 2 nodes over gloo" in latency_text(hierarchical, {})
 
 
 def test_rows_stand_beside_the_bound() -> None:
