@@ -7,9 +7,9 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_spd.errors import CheckpointError
@@ -22,6 +22,12 @@ MAX_SHARD_BYTES = 5 * 1024**3
 
 #: The dtypes whose tensors can be model weights here; others are quantised formats.
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+#: What is kept free for the header of a file that is being written: more than a thousand tensors fit.
+_HEADER_BYTES = 2**17
 
 
 @dataclass(frozen=True)
@@ -78,32 +84,48 @@ def _entry(file: Path, data_start: int, fields: dict) -> TensorEntry:
 class ShardWriter:
     """Writes a model's tensors to ``folder`` in the order in which they come.
 
-    At most one shard (``max_shard_bytes``) is held in memory. :meth:`close` gives the files their Hugging Face names:
-    one ``model.safetensors``, or numbered shards with ``model.safetensors.index.json``. The folder is expected to be
-    a temporary one (see :func:`megatron_spd.checkpoint.folders.atomic_folder`): nothing is cleaned up on an error.
+    Each is written at once, behind a place that is kept free for the header, so that no more than one tensor is in
+    memory. :meth:`close` gives the files their Hugging Face names: one ``model.safetensors``, or numbered shards of at
+    most ``max_shard_bytes`` with ``model.safetensors.index.json``. The folder is expected to be a temporary one (see
+    :func:`megatron_spd.checkpoint.folders.atomic_folder`): nothing is cleaned up on an error.
     """
 
     def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
+        self._file: BinaryIO | None = None
+        self._header: dict[str, Any] = {}
+        self._bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor (any device, any layout); it is kept as it is now, later changes to it are not seen."""
-        stored = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        if self._pending and self._pending_bytes + stored.nbytes > self.max_shard_bytes:
+        """Add one tensor (any device, any layout); later changes to it are not seen."""
+        stored = tensor.detach().to("cpu").contiguous()
+        fields = {"dtype": _DTYPE_NAMES[stored.dtype], "shape": list(stored.shape)}
+        grown = self._header | {name: fields | {"data_offsets": [self._bytes, self._bytes + stored.nbytes]}}
+        too_large = self._bytes + stored.nbytes > self.max_shard_bytes or len(_json(grown)) > _HEADER_BYTES
+        if self._header and too_large:
             self._flush()
-        self._pending[name] = stored
-        self._pending_bytes += stored.nbytes
+            self.add(name, stored)
+            return
+        if self._file is None:
+            self._file = self._part(len(self._shards)).open("wb")
+            self._file.seek(8 + _HEADER_BYTES)
+        self._file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
+        self._header = grown
+        self._bytes += stored.nbytes
         self._total_bytes += stored.nbytes
 
     def _flush(self) -> None:
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+        if self._file is None:
+            self._file = self._part(len(self._shards)).open("wb")
+        with self._file as file:
+            file.seek(0)
+            # The format allows spaces behind the header.
+            file.write(_HEADER_BYTES.to_bytes(8, "little") + _json(self._header).ljust(_HEADER_BYTES))
+        self._shards.append(list(self._header))
+        self._file, self._header, self._bytes = None, {}, 0
 
     def _part(self, shard: int) -> Path:
         return self.folder / f"part-{shard}.safetensors"
@@ -112,9 +134,6 @@ class ShardWriter:
         """Write what is left and name the files."""
         self._flush()
         count = len(self._shards)
-        for shard in range(count):
-            # safetensors makes files that only their owner can read.
-            self._part(shard).chmod(0o644)
         if count == 1:
             os.replace(self._part(0), self.folder / SINGLE_NAME)
             return
@@ -125,3 +144,7 @@ class ShardWriter:
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
         (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _json(header: dict[str, Any]) -> bytes:
+    return json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_spd.calibration.scoring import COLUMNS, ROWS
-from megatron_spd.checkpoint.safetensors_io import MAX_SHARD_BYTES
 from megatron_spd.distill.engine import BUCKET
 from megatron_spd.distill.finish import AHEAD
 from megatron_spd.distill.kl import ROWS as KL_ROWS
@@ -129,13 +128,9 @@ def finishing(setup: Setup) -> list[Part]:
 
 
 def export(setup: Setup) -> list[Part]:
-    """On the main rank: a shard that is being filled, and the block that is being put in order."""
-    size = setup.size
-    shard = min(MAX_SHARD_BYTES, size.parameters * size.stored_bytes)
-    return [
-        Part("shard being filled", shard, "host"),
-        Part("block, read and in its new order", 2 * size.block * size.stored_bytes, "host"),
-    ]
+    """On the main rank: the block that is being put in order; or the embedding, if that is larger."""
+    largest = max(2 * setup.size.block, setup.size.table)
+    return [Part("block, read and in its new order", largest * setup.size.stored_bytes, "host")]
 
 
 # ---- what stages share ------------------------------------------------------------------------------------------

@@ -133,6 +133,23 @@ def test_routing(tmp_path: Path) -> None:
         assert kl == pytest.approx(divergence(export, experts, 4, 24), rel=1e-4)
 
 
+@pytest.mark.timeout(320)
+def test_a_model_larger_than_its_limit_is_measured_and_exported(tmp_path: Path) -> None:
+    sizes = ["--hidden", "512", "--ffn", "2048", "--layers", "40", "--folder", str(tmp_path)]
+    limit = ["--limit", "0.16", "--beyond-libraries", "--steps", "sensitivity,export", "--whole", "--json"]
+    command = [sys.executable, str(BENCHMARKS / "memory.py"), *sizes, *limit]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["model_bytes"] > 1.8 * result["limit"]
+    assert [(s["step"], s["ok"]) for s in result["steps"]] == [
+        ("sensitivity", True),
+        ("export", True),
+        ("whole", False),
+    ]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_mistake_is_one_line(model: Path) -> None:
     done = start("layer", model, "--branches", "3")
     assert done.returncode == 2

@@ -116,6 +116,8 @@ def measured(model: Path, case: str, out: Path) -> int:
         finish(streamer, every, text, settings, FinishStore(out / "f", "", runtime), tracker, weights)
 
     def export() -> None:
+        nonlocal plan
+        plan = plan.with_block(1, kv_group_order=[1, 0], neuron_order=[*range(1, 768), 0])
         write_export(reader, runtime, plan, final_weights(reader, plan), out / "e")
 
     return peak_bytes(locals()[case.split(",")[0]], (model / SINGLE_NAME).stat().st_size)
