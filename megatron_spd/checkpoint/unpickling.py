@@ -7,8 +7,10 @@ some harmless classes of Megatron are replaced by an empty one; everything else 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,7 @@ def load_state(file: Path) -> dict[str, Any]:
     containers and ``argparse.Namespace`` are made; raises CheckpointError for anything else in it."""
     allowed: list[Any] = [argparse.Namespace, *((Ignored, name) for name in _IGNORED)]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with _only_globals(allowed):
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:
@@ -129,6 +131,19 @@ def load_state(file: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{file} holds a {type(state).__name__}, expected the state of a model")
     return state
+
+
+@contextlib.contextmanager
+def _only_globals(allowed: list[Any]) -> Iterator[None]:
+    """Inside, ``torch.load`` makes objects of ``allowed`` alone: what libraries have declared safe beside (numpy's own
+    functions under names that are ignored here, among others) is put back afterwards."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(allowed):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(before)
 
 
 def _refusal(file: Path, error: Exception) -> str:

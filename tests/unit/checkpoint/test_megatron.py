@@ -184,7 +184,12 @@ def test_what_megatron_keeps_beside_weights_is_passed_over(base: Path, tmp_path:
     from megatron.core.enums import ModelType
 
     state = {"rng_state": [{"np_rng_state": np.random.get_state()}], "kind": ModelType.encoder_or_decoder}
-    assert_same(MegatronReader(write_legacy(base, tmp_path / "out", **state), base), CheckpointReader(base))
+    folder = write_legacy(base, tmp_path / "out", **state)
+    function = np.random.get_state()[1].__reduce__()[0]
+    # As DeepSpeed and Megatron-core do where they are imported.
+    with torch.serialization.safe_globals([function, np.ndarray]):
+        assert_same(MegatronReader(folder, base), CheckpointReader(base))
+        assert {function, np.ndarray} <= set(torch.serialization.get_safe_globals())
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
