@@ -172,7 +172,7 @@ def _check_weights(view: ModelView, fingerprint: str) -> None:
             trained = [i for i, b in enumerate(reader.plan.blocks) if b.recovery not in ("", "zs")]
             where = f" (by its plan in block {trained[0]})" if trained else ""
             raise CheckpointError(
-                f"{reader.folder} cannot become a plain model again: its weights were changed by distillation or "
+                f"{reader.folder} cannot become a plain model again: its weights were changed by training or "
                 f"re-fits{where}, putting heads and neurons back does not give those of the model that its plan names"
             )
     elif isinstance(reader, MegatronReader) and view.plan == reader.plan:

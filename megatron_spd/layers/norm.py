@@ -18,6 +18,8 @@ from megatron_spd.comm.autograd import share_parameters
 
 #: Megatron-core's mark of a replicated parameter whose gradient is a partial sum over the tensor-parallel ranks.
 _PARTIAL = "sequence_parallel"
+#: Its mark of a replicated parameter whose gradient is averaged over these ranks, whatever its name.
+_WHOLE = "average_gradients_across_tp_domain"
 
 
 class MarkedTorchNorm:
@@ -40,14 +42,17 @@ class MarkedTorchNorm:
 class HeadNorm(nn.RMSNorm):
     """RMSNorm over the channels of a head, its gradient summed over the tensor-parallel ranks.
 
-    Megatron-core's own norm leaves each rank with the gradient of its heads (its training loop sums them only under
-    sequence parallelism), so that replicas would drift apart. For blocks with and without dropped points.
+    Megatron-core's own norm leaves each rank with the gradient of its heads, for ``finalize_model_grads`` to sum; under
+    other optimizers replicas would drift apart. Here every optimizer finds the sum, and the weight carries the mark by
+    which ``finalize_model_grads`` averages it over the ranks (which changes nothing) instead. For blocks with and
+    without dropped points.
     """
 
     def __init__(
         self, config: Any, hidden_size: int, eps: float, group: dist.ProcessGroup | None = None, **_: Any
     ) -> None:
         super().__init__(hidden_size, eps)
+        setattr(self.weight, _WHOLE, True)
         self._group = group or parallel_state.get_tensor_model_parallel_group()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from megatron_spd.finetune.megatron import MegatronTrainer
 from megatron_spd.models.build import build_gpt_model
 from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import Runtime, initialize
+from tests.families import make_model
 from tests.models import make_export, make_llama
 from tests.ranks import run_ranks
 
@@ -161,15 +162,30 @@ def alone(model: Path) -> Callable[[tuple[int, ...]], tuple[list[float], Path]]:
 def test_steps_are_those_of_one_process(
     model: Path, alone: Callable[..., tuple[list[float], Path]], tmp_path: Path, form: Form
 ) -> None:
-    wanted_losses, wanted_folder = alone(form.ends)
-    for losses in run_ranks(4, train_form, model, tmp_path / "form", form, timeout=LIMIT):
+    assert_trained_alike(model, *alone(form.ends), tmp_path / "form", form)
+
+
+@pytest.mark.parametrize("form", ["tp2 dp2", "tp4, sequence parallel, recompute"])
+def test_norms_of_heads_are_trained_as_on_one_process(tmp_path: Path, form: str) -> None:
+    """Megatron-core's training loop knows norms of queries and keys by their names."""
+    base = make_model("qwen3", tmp_path / "m", num_hidden_layers=4, layer_types=["full_attention"] * 4)
+    model = make_export(base, tmp_path / "spd", 4, DROPPED)
+    losses = run_ranks(1, train_alone, model, tmp_path / "alone", (), timeout=LIMIT)[0]
+    assert_trained_alike(model, losses, tmp_path / "alone", tmp_path / "form", FORMS[form])
+
+
+def assert_trained_alike(
+    model: Path, wanted_losses: list[float], wanted_folder: Path, out: Path, form: Form
+) -> None:
+    """Training ``model`` on four ranks gives the losses and weights of one process."""
+    for losses in run_ranks(4, train_form, model, out, form, timeout=LIMIT):
         assert losses == pytest.approx(wanted_losses, rel=1e-5)
-    before, wanted, got = (weights(f) for f in (model, wanted_folder, tmp_path / "form"))
+    before, wanted, got = (weights(f) for f in (model, wanted_folder, out))
     assert set(got) == set(wanted) == set(before)
     for name, tensor in wanted.items():
         moved = (tensor - before[name]).norm()
         assert moved > 1e-3 * tensor.norm(), f"{name} has not been trained"
         assert (got[name] - tensor).norm() < 1e-5 * tensor.norm(), name
-    plan = plan_of(tmp_path / "form")
+    plan = plan_of(out)
     assert plan.dropped == [p for p in DROPPED if p % 2 == 0 or p // 2 not in form.ends]
     assert plan.provenance["finetune"] == {"steps": STEPS}

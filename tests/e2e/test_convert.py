@@ -191,7 +191,7 @@ REFUSED: dict[str, tuple[Mistake, str]] = {
         asked("hf", "megatron", "hf", "--plan", "b2b.json"),
         "asks for distillation in block 1",
     ),
-    "trained": (asked("spd", "hf", "trained"), "changed by distillation or re-fits (by its plan in block 1)"),
+    "trained": (asked("spd", "hf", "trained"), "changed by training or re-fits (by its plan in block 1)"),
     "calibrated": (asked("spd", "hf", "vectors"), "calibration gave block 0 shifts or branch norms"),
     "no config": (asked("megatron", "hf", "legacy"), "as --hf-config"),
     "a config too many": (

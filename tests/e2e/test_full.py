@@ -279,12 +279,20 @@ def test_a_perplexity_budget_is_kept_by_what_is_exported(
 # ---- several ranks --------------------------------------------------------------------------------------------------
 
 
+def assert_agree(several: dict[str, Any], one: dict[str, Any], ranks: int) -> None:
+    assert (several["ranks"], one["ranks"]) == (ranks, 1)
+    assert several["dropped"] == one["dropped"]
+    for step, perplexity in one["perplexity"].items():
+        assert several["perplexity"][step] == pytest.approx(perplexity, rel=1e-3), step
+
+
+def test_two_ranks_agree_with_one(world: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    assert_agree(answer(*run_arguments(world, tmp_path / "run", "--ranks", 2)), whole, 2)
+
+
 def test_three_ranks_agree_with_one(tmp_path: Path) -> None:
     """Six key/value groups in three branches."""
     world = make_world(tmp_path, hidden=36, groups=6)
     one = answer(*run_arguments(world, tmp_path / "one", "--branches", 3))
     several = answer(*run_arguments(world, tmp_path / "several", "--branches", 3, "--ranks", 3))
-    assert (several["ranks"], one["ranks"]) == (3, 1)
-    assert several["dropped"] == one["dropped"]
-    for step, perplexity in one["perplexity"].items():
-        assert several["perplexity"][step] == pytest.approx(perplexity, rel=1e-3), step
+    assert_agree(several, one, 3)
