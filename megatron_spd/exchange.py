@@ -25,7 +25,6 @@ from megatron_spd.checkpoint.megatron_names import (
     FINAL_NORM,
     OUTPUT_LAYER,
     layer_name,
-    outer_parameters,
 )
 from megatron_spd.checkpoint.view import ModelView, view_of
 from megatron_spd.converting import write_folder
@@ -109,7 +108,7 @@ def receive_model(queue: Any, out: Path, hf_config: str | None, checking: bool =
 def _check_sent(reader: CheckpointReader) -> None:
     family, tied = reader.family, reader.tied
     held = {parameter for message in _OTHER_MESSAGES.values() for parameter in message.values()}
-    lost = [name for name, parameter in outer_parameters(family, tied).items() if parameter not in held]
+    lost = [entry.name for entry in family.outer_tensors(tied) if entry.parameter not in held]
     covered = {source for t in family.tables.megatron if t.name in _LAYER.values() for source in t.sources}
     covered |= {entry.source for entry in family.branch_tensors}
     lost += [name for name in reader.block_names(0) if name not in covered]
