@@ -32,8 +32,7 @@ def layer_parameters(reader: CheckpointReader, block: int, rank: int, ranks: int
     """A rank's Megatron-core parameters of one layer; those that the checkpoint does not have are left out."""
     shard = shard_block(reader.block(block), reader.family, rank, ranks)
     state = {}
-    experts = range(0 if reader.settings.experts is None else reader.settings.experts.count)
-    for entry in reader.family.tables.of_experts(experts).megatron:
+    for entry in reader.family.written_out(reader.settings).megatron:
         norm = "norm" in entry.name
         if entry.name.endswith("weight") or (entry.sources[0] if norm else "self_attn.q_proj.bias") in shard:
             state |= to_megatron(shard, reader.family, reader.kv_groups // ranks, [entry.name])

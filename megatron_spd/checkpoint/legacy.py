@@ -142,8 +142,8 @@ def _check_sizes(folder: Path, args: Any, ranks: int, stages: int) -> None:
     spread = getattr(args, "expert_model_parallel_size", 1)
     if spread != 1:
         raise CheckpointError(
-            f"{folder} was saved with expert_model_parallel_size = {spread}, expected 1; convert it to torch_dist, "
-            "which is read for any, with Megatron-LM first"
+            f"{folder} was saved with expert_model_parallel_size = {spread}, expected 1; convert it to torch_dist with "
+            "Megatron-LM first"
         )
     for name, found in (("tensor_model_parallel_size", ranks), ("pipeline_model_parallel_size", stages)):
         told = getattr(args, name, found)

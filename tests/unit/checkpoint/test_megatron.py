@@ -140,6 +140,19 @@ def test_names_depend_on_no_ranks(written: Path) -> None:
     assert sizes["decoder.layers.1.attention_norm_weight"] == (6, 48)
 
 
+def test_experts_are_pieces_of_one_tensor(family_models: Callable) -> None:
+    """As Megatron-core stacks them, each to be read by itself. The norm in front of them has the names of both of its
+    layer specs."""
+    folder = family_models("mixtral", "megatron") / "release"
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    stacked = metadata["decoder.layers.2.mlp.experts.experts.linear_fc1.weight"]
+    assert tuple(stacked.size) == (5, 96, 48)
+    assert [tuple(chunk.offsets) for chunk in stacked.chunks] == [(i, 0, 0) for i in range(5)]
+    assert {tuple(chunk.sizes) for chunk in stacked.chunks} == {(1, 96, 48)}
+    layer = "decoder.layers.2."
+    assert {f"{layer}pre_mlp_layernorm.weight", f"{layer}mlp.linear_fc1.layer_norm_weight"} <= metadata.keys()
+
+
 def test_one_parameter_at_a_time_is_read(base: Path, tmp_path: Path) -> None:
     reader, asked = CheckpointReader(base), []
 
@@ -435,15 +448,22 @@ def test_an_output_that_holds_something_is_kept(base: Path, tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_mixed_dtypes_of_what_becomes_one_parameter(base: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(base, tmp_path / "m")
+@pytest.mark.parametrize(
+    ("case", "part", "parameter"),
+    [
+        ("qwen2", "self_attn.k_proj", "self_attention.linear_qkv"),
+        ("mixtral", "block_sparse_moe.experts.3.w2", "mlp.experts.local_experts.3.linear_fc2"),
+    ],
+)
+def test_mixed_dtypes_of_what_becomes_one_parameter(
+    family_models: Callable, tmp_path: Path, case: str, part: str, parameter: str
+) -> None:
+    folder = shutil.copytree(family_models(case, "hf"), tmp_path / "m")
     held = load_file(folder / "model.safetensors")
-    name = "model.layers.1.self_attn.k_proj.weight"
+    name = f"model.layers.1.{part}.weight"
     held[name] = held[name].to(torch.bfloat16)
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        CheckpointError, match=r"layers.1.self_attention.linear_qkv.weight is made of tensors of"
-    ):
+    with pytest.raises(CheckpointError, match=rf"layers.1.{parameter}.weight is made of tensors of"):
         write_megatron(view_of(CheckpointReader(folder)), initialize(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
