@@ -108,3 +108,12 @@ def write_legacy(
             torch.save(state, file)
     (out / "latest_checkpointed_iteration.txt").write_text("7")
     return out
+
+
+def assert_same(read: CheckpointReader, wanted: CheckpointReader) -> None:
+    """The same tensors under the same names, and the same fingerprint."""
+    assert sorted(read.names()) == sorted(wanted.names())
+    for name in wanted.names():
+        assert read.dtype(name) == wanted.dtype(name)
+        assert torch.equal(read.get(name), wanted.get(name)), name
+    assert read.fingerprint() == wanted.fingerprint()

@@ -25,7 +25,7 @@ from megatron_spd.models.build import build_gpt_model
 from megatron_spd.runtime.distributed import initialize, shutdown
 from megatron_spd.stages import final_weights
 from tests.families import make_model
-from tests.megatron_files import OLD_NAMES, write_legacy
+from tests.megatron_files import assert_same, write_legacy
 from tests.models import make_export, make_llama
 
 
@@ -46,14 +46,6 @@ def written(spd: Path) -> Path:
     """The SPD model as a torch_dist checkpoint."""
     write_megatron(view_of(CheckpointReader(spd)), initialize(), spd.parent / "megatron")
     return spd.parent / "megatron"
-
-
-def assert_same(read: CheckpointReader, wanted: CheckpointReader) -> None:
-    assert sorted(read.names()) == sorted(wanted.names())
-    for name in wanted.names():
-        assert read.dtype(name) == wanted.dtype(name)
-        assert torch.equal(read.get(name), wanted.get(name)), name
-    assert read.fingerprint() == wanted.fingerprint()
 
 
 # ---- torch_dist ---------------------------------------------------------------------------------------------------
@@ -195,96 +187,6 @@ def pad_vocabulary(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("layout", [stack_layers, split_gate_and_up, pad_vocabulary])
 def test_layouts_of_other_writers(written: Path, spd: Path, tmp_path: Path, layout: Callable) -> None:
     assert_same(MegatronReader(restored(written, tmp_path / "out", layout)), CheckpointReader(spd))
-
-
-# ---- mp_rank_XX ---------------------------------------------------------------------------------------------------
-
-LEGACY: dict[str, dict[str, Any]] = {
-    "one rank": {},
-    "three ranks, padded": {"ranks": 3, "padding": 6},
-    "two ranks, uneven pipeline": {"ranks": 2, "stages": (1, 2)},
-    "old names": {"ranks": 2, "names": OLD_NAMES},
-    "fused norms": {
-        "names": {
-            ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
-            ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
-        }
-    },
-}
-
-
-#: Transformer Engine has the weights of all experts in one module.
-GROUPED = {
-    f".mlp.experts.local_experts.{i}.linear_{fc}.weight": f".mlp.experts.linear_{fc}.weight{i}"
-    for i in range(5)
-    for fc in ("fc1", "fc2")
-}
-LEGACY_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "opt": ("opt", {"ranks": 2, "stages": (1, 2)}),
-    "opt, old names": ("opt", {"names": OLD_NAMES}),
-    "mixtral": ("mixtral", {"ranks": 2, "stages": (2, 1), "padding": 6}),
-    "mixtral, grouped": ("mixtral", {"ranks": 2, "names": GROUPED}),
-    "qwen3_moe": ("qwen3_moe", {"ranks": 4}),
-}
-
-
-@pytest.mark.parametrize("variant", LEGACY_FAMILIES.values(), ids=LEGACY_FAMILIES)
-def test_files_of_ranks_of_other_families(
-    family_models: Callable, tmp_path: Path, variant: tuple[str, dict[str, Any]]
-) -> None:
-    case, layout = variant
-    base = family_models(case, "hf")
-    assert_same(MegatronReader(write_legacy(base, tmp_path / "out", **layout), base), CheckpointReader(base))
-
-
-def test_an_interleaved_pipeline(tmp_path: Path) -> None:
-    """The first of two stages has layers 0 and 2."""
-    base = make_llama(tmp_path / "m", layers=4)
-    out = write_legacy(base, tmp_path / "out", ranks=2, stages=(2, 2), chunks=2)
-    assert_same(MegatronReader(out, base), CheckpointReader(base))
-
-
-def test_rows_of_positions_that_nothing_has_are_zeros(family_models: Callable, tmp_path: Path) -> None:
-    """Megatron itself has no place for OPT's first two, and a config alone no weights to take them from."""
-    base = family_models("opt", "hf")
-    config = tmp_path / "config"
-    shutil.copytree(base, config, ignore=shutil.ignore_patterns("*.safetensors"))
-    read = MegatronReader(write_legacy(base, tmp_path / "out"), config)
-    name = "model.decoder.embed_positions.weight"
-    with pytest.warns(UserWarning, match="lacks the first 2 rows"):
-        table = read.get(name)
-    assert not table[:2].any()
-    assert torch.equal(table[2:], CheckpointReader(base).get(name)[2:])
-
-
-@pytest.mark.parametrize("variant", LEGACY.values(), ids=LEGACY)
-def test_files_of_ranks_are_put_together(base: Path, tmp_path: Path, variant: dict[str, Any]) -> None:
-    assert_same(MegatronReader(write_legacy(base, tmp_path / "out", **variant), base), CheckpointReader(base))
-
-
-def test_old_files_keep_their_model_in_nested_dicts(base: Path, tmp_path: Path) -> None:
-    out = write_legacy(base, tmp_path / "out", names=OLD_NAMES)
-    file = out / "iter_0000007" / "mp_rank_00" / "model_optim_rng.pt"
-    state = torch.load(file, weights_only=False)
-    prefix = "language_model.encoder."
-    inner = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
-    others = {k.split(".", 1)[1]: v for k, v in state["model"].items() if not k.startswith(prefix)}
-    state["model"] = {"language_model": {"encoder": inner, **others}}
-    torch.save(state, file)
-    assert_same(MegatronReader(out, base), CheckpointReader(base))
-
-
-def test_what_megatron_keeps_beside_weights_is_passed_over(base: Path, tmp_path: Path) -> None:
-    import numpy as np
-    from megatron.core.enums import ModelType
-
-    state = {"rng_state": [{"np_rng_state": np.random.get_state()}], "kind": ModelType.encoder_or_decoder}
-    folder = write_legacy(base, tmp_path / "out", **state)
-    function = np.random.get_state()[1].__reduce__()[0]
-    # As DeepSpeed and Megatron-core do where they are imported.
-    with torch.serialization.safe_globals([function, np.ndarray]):
-        assert_same(MegatronReader(folder, base), CheckpointReader(base))
-        assert {function, np.ndarray} <= set(torch.serialization.get_safe_globals())
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
