@@ -88,13 +88,17 @@ def test_what_is_trained_is_exported(tmp_path: Path, name: str, form: str) -> No
         assert (before.get(tensor) - after.get(tensor)).norm() > 0
 
 
-@pytest.mark.parametrize("form", ["--zero-stage 1 --recompute", "--zero-stage 2 --sequence-parallel"])
+@pytest.mark.parametrize(
+    "form", ["--zero-stage 1 --recompute", "--zero-stage 2 --sequence-parallel", "--zero-stage 3"]
+)
 def test_deepspeed_steps_are_those_of_one_process(tmp_path: Path, form: str) -> None:
     base = make_llama(tmp_path / "m", biases=True, tied=False)
     folder = make_export(base, tmp_path / "x", 2, DROPPED, [(0, "mlp")], norms=[(1, "mlp")])
     # With a large epsilon the rounding of a small gradient does not decide which way Adam goes.
     config = tmp_path / "ds_config.json"
-    config.write_text(json.dumps({"optimizer": {"params": {"eps": 0.1}}}))
+    # ZeRO-3 would leave parameters as small as these whole on every rank.
+    zero = {"stage3_param_persistence_threshold": 0}
+    config.write_text(json.dumps({"optimizer": {"params": {"eps": 0.1}}, "zero_optimization": zero}))
     given = ["--model", str(folder), "--deepspeed_config", str(config), *SMALL]
     results = {}
     for ranks, options in ((1, ""), (4, f"--tensor-parallel 2 {form}")):

@@ -58,7 +58,9 @@ def settings(
 ) -> FinishSettings:
     """Every optimizer step sees the same four sequences, however they are cut, at a constant rate."""
     config = tmp / "ds.json"
-    config.write_text(json.dumps({"scheduler": None}))
+    # DeepSpeed would leave parameters as small as these whole on every rank.
+    zero = {"stage3_param_persistence_threshold": 0}
+    config.write_text(json.dumps({"scheduler": None, "zero_optimization": zero}))
     micro = 4 // (replicas * accumulation)
     engine = EngineSettings(RATE, micro, accumulation, 1.0, 0.0, 0.0, stage, dtype, str(config))
     return FinishSettings(engine, STEPS, **{"seed": SEED} | changes)
@@ -129,6 +131,8 @@ def reference(model: Path, which: str) -> tuple[list[dict[str, Tensor]], list[fl
         # M > G: two ranks share a branch.
         (4, 4, 1, 0, "blocks", True),
         (4, 4, 1, 1, "vectors", False),
+        (2, 1, 1, 3, "vectors", False),
+        (4, 2, 1, 3, "blocks", True),
     ],
 )
 def test_equals_a_plain_loop(

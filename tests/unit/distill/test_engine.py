@@ -69,8 +69,8 @@ def test_the_shipped_files_are_accepted(name: str) -> None:
     [
         ("{", {}, "is not JSON"),
         ([1], {}, "an object was expected"),
-        ({"zero_optimization": {"stage": 3}}, {}, "stage 0, 1 or 2"),
-        ({}, {"dtype": "bf16"}, "use --zero-stage 1 or 2"),
+        ({"zero_optimization": {"stage": 4}}, {}, "the stages are 0, 1, 2 and 3"),
+        ({}, {"dtype": "bf16"}, "use --zero-stage 1, 2 or 3"),
         ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, {}, "make them agree"),
     ],
 )
