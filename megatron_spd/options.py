@@ -58,6 +58,7 @@ LIMITS: dict[str, tuple[float, float | None]] = {
     "call_latency": (0, 60_000),
     "prompt_tokens": (1, None),
     "ranks_served": (2, None),
+    "save_every": (1, None),
 }
 
 

@@ -135,8 +135,8 @@ def model_parallel_unit() -> SimpleNamespace:
 
 @contextlib.contextmanager
 def whole(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
-    """Inside, ``parameters`` are whole on every rank also under ZeRO-3, which spreads them over the replicas: a collective
-    of these then. ``write``: they are changed inside, on all replicas alike."""
+    """Inside, ``parameters`` are whole on every rank also under ZeRO-3, which spreads them over the replicas: then a
+    collective of these. ``write``: they are changed inside, on all replicas alike."""
     spread = [p for p in parameters if hasattr(p, "ds_id")]
     if not spread:
         yield

@@ -18,8 +18,8 @@ def full_block(
     layer: nn.Module, names: Iterable[str], shape: ModelShape, branches: int, runtime: Runtime
 ) -> dict[str, Tensor]:
     """A Megatron-core layer's weights, made for G = ``branches``, under their Hugging Face ``names``, on the CPU of the
-    first rank of a replica (empty elsewhere), gathered tensor by tensor: a collective of the replica, under ZeRO-3 of all
-    replicas."""
+    first rank of a replica (empty elsewhere), gathered tensor by tensor: a collective of the replica, under ZeRO-3 of
+    all replicas."""
     with whole(layer.parameters()):
         shards = layer_shard(layer, names, shape, runtime)
     full: dict[str, Tensor] = {}
