@@ -92,10 +92,15 @@ def test_what_is_trained_is_exported(tmp_path: Path, name: str, form: str) -> No
 
 
 @pytest.mark.parametrize(
-    "form", ["--zero-stage 1 --recompute", "--zero-stage 2 --sequence-parallel", "--zero-stage 3"]
+    ("form", "tied"),
+    [
+        ("--zero-stage 1 --recompute", False),
+        ("--zero-stage 2 --sequence-parallel", False),
+        ("--zero-stage 3", True),
+    ],
 )
-def test_deepspeed_steps_are_those_of_one_process(tmp_path: Path, form: str) -> None:
-    base = make_llama(tmp_path / "m", biases=True, tied=False)
+def test_deepspeed_steps_are_those_of_one_process(tmp_path: Path, form: str, tied: bool) -> None:
+    base = make_llama(tmp_path / "m", biases=True, tied=tied)
     folder = make_export(base, tmp_path / "x", 2, DROPPED, [(0, "mlp")], norms=[(1, "mlp")])
     # With a large epsilon the rounding of a small gradient does not decide which way Adam goes.
     config = tmp_path / "ds_config.json"

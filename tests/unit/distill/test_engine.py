@@ -53,7 +53,9 @@ def test_another_optimizer_replaces_ours_but_gets_the_rate(tmp_path: Path) -> No
     assert config["optimizer"] == {"type": "SGD", "params": {"lr": 1e-3, "momentum": 0.9}}
 
 
-@pytest.mark.parametrize("name", ["zero0_fp32", "zero1_fp32", "zero1_bf16", "zero2_bf16"])
+@pytest.mark.parametrize(
+    "name", ["zero0_fp32", "zero1_fp32", "zero1_bf16", "zero2_bf16", "zero3_fp32", "zero3_bf16"]
+)
 def test_the_shipped_files_are_accepted(name: str) -> None:
     path = Path(__file__).parents[3] / "launch" / "ds_config" / f"{name}.json"
     stage, dtype = int(name[4]), name.split("_")[1]
