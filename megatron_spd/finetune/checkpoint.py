@@ -120,7 +120,7 @@ def universal_checkpoint_info(module: NextTokenLoss) -> dict[str, Any]:
         constants.ORIGINAL_VOCAB_SIZE: module.vocab_size,
         constants.TP_REPLICATED_PARAMETER_PATTERNS: patterns([n for n in named if n not in cut]),
         constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: patterns(
-            [n for n, p in cut.items() if p.partition_dim == 1]
+            [n for n, p in cut.items() if getattr(p, "partition_dim", 0) == 1]
         ),
         constants.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0: patterns(
             [n for n in cut if gated and ".linear_fc1." in n]
