@@ -106,6 +106,13 @@ class SPDTransformerLayer(TransformerLayer):
         set_tensor_model_parallel_attributes(vectors, self.share.leads, 0, 1)
         return vectors
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Megatron-core's TransformerBlock names its arguments. Hooks, by which DeepSpeed's ZeRO-3 knows that the
+        layer's backward pass is over, see only what is given by position; CUDA graphs want the name."""
+        if "hidden_states" in kwargs and not hasattr(self, "cudagraph_manager"):
+            args = (kwargs.pop("hidden_states"), *args)
+        return super().__call__(*args, **kwargs)
+
     def forward(
         self,
         hidden_states: Tensor,
