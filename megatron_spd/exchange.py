@@ -2,8 +2,9 @@
 
 Messages are dicts of whole tensors, as one tensor-parallel rank would hold them, each with its ``name``: "embeddings",
 "transformer layer 0" and so on, "final norm", "output layer" (of an untied model); then the word "done", or "exit" from
-a loader that failed. Before them comes a namespace with the settings of the model. An SPD model adds its branch vectors
-to the messages of its layers, and the folder of its config to the settings.
+a loader that failed. Before them comes a namespace with the settings of the model. From our loader to our saver there
+may be more than Megatron-LM's have entries for, each by the parameter's own name behind the word "spd": an SPD model's
+branch vectors, experts, norms of heads. The folder of the model's config goes along in the settings.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from megatron_spd.checkpoint.megatron import MegatronReader
 from megatron_spd.checkpoint.megatron_names import (
     EMBEDDING,
     FINAL_NORM,
+    FIRST_ROWS,
     OUTPUT_LAYER,
+    POSITIONS,
     layer_name,
-    outer_parameters,
 )
 from megatron_spd.checkpoint.view import ModelView, view_of
 from megatron_spd.converting import write_folder
@@ -47,10 +49,10 @@ _LAYER = {
     for kind in ("weight", "bias")
 }
 _HALVES = ("W", "V")
-#: Starts the entries that only SPD models have.
+#: Starts the entries that only our own loader sends.
 _SPD = "spd "
 _OTHER_MESSAGES = {
-    "embeddings": {"word embeddings": EMBEDDING},
+    "embeddings": {"word embeddings": EMBEDDING, "position embeddings": POSITIONS},
     "final norm": {"weight": FINAL_NORM, "bias": FINAL_NORM.replace("weight", "bias")},
     "output layer": {"weight": OUTPUT_LAYER},
 }
@@ -60,15 +62,11 @@ _ITERATION = 1
 
 def send_model(queue: Any, reader: CheckpointReader, saver: str, model_type: str) -> None:
     """Put the model of ``reader`` on the queue. Raises UserError for an SPD model and a ``saver`` that would lose its
-    plan, for a ``model_type`` other than GPT, and for a model with tensors that the messages have no entry for."""
+    plan, or tensors that Megatron-LM's messages have no entry for, and for a ``model_type`` other than GPT."""
     if model_type != "GPT":
         raise UserError(f"--model-type is {model_type}; expected GPT")
-    if reader.plan is not None and saver not in ("spd", "saver_spd"):
-        raise UserError(
-            f"{reader.folder} is an SPD model; saver {saver!r} would lose its plan: give --saver spd, or use "
-            "`megatron-spd convert`"
-        )
-    _check_sent(reader)
+    if saver not in ("spd", "saver_spd"):
+        _check_sent(reader, saver)
     settings = _settings(reader)
     queue.put(settings)
     view = view_of(reader)
@@ -106,17 +104,19 @@ def receive_model(queue: Any, out: Path, hf_config: str | None, checking: bool =
         rest.drain()
 
 
-def _check_sent(reader: CheckpointReader) -> None:
-    family, tied = reader.family, reader.tied
-    held = {parameter for message in _OTHER_MESSAGES.values() for parameter in message.values()}
-    lost = [name for name, parameter in outer_parameters(family, tied).items() if parameter not in held]
+def _check_sent(reader: CheckpointReader, saver: str) -> None:
+    """Raise UserError for a model of which a saver of Megatron-LM would lose something."""
+    family = reader.family
+    instead = "give --saver spd, or use `megatron-spd convert`"
+    if reader.plan is not None:
+        raise UserError(f"{reader.folder} is an SPD model; saver {saver!r} would lose its plan: {instead}")
+    lost = [entry.name for entry in family.outer_tensors(reader.tied) if entry.offset]
     covered = {source for t in family.tables.megatron if t.name in _LAYER.values() for source in t.sources}
-    covered |= {entry.source for entry in family.branch_tensors}
     lost += [name for name in reader.block_names(0) if name not in covered]
     if lost:
         raise UserError(
-            f"Megatron-LM's checkpoint queue has no entry for {lost[0]} of a {family.model_type} model; use "
-            "`megatron-spd convert`"
+            f"Megatron-LM's checkpoint queue has no entry for all of {lost[0]} of a {family.model_type} model: "
+            f"{instead}"
         )
 
 
@@ -147,7 +147,8 @@ class _Messages:
             if not is_layer and name not in _OTHER_MESSAGES:
                 raise CheckpointError(f"the loader sent {name!r}, expected 'transformer layer {layer}'")
             for entry, tensor in _whole(message).items():
-                parameter = _layer_parameter(entry) if is_layer else _OTHER_MESSAGES[name].get(entry)
+                known = _LAYER if is_layer else _OTHER_MESSAGES[name]
+                parameter = entry.removeprefix(_SPD) if entry.startswith(_SPD) else known.get(entry)
                 if parameter is not None:
                     yield layer_name(layer, parameter) if is_layer else parameter, tensor
                 elif checking:
@@ -189,28 +190,40 @@ class _ReceivedStore:
 def _messages(view: ModelView, settings: Any) -> Iterator[tuple[str, dict[str, str]]]:
     """Names of messages, and their entries with the parameters that they hold."""
     reader = view.reader
-    biases = {"qkv bias": settings.qkv_bias, "input norm bias": settings.norm_has_bias}
-    biases |= {"post norm bias": settings.norm_has_bias}
-    yield "embeddings", _OTHER_MESSAGES["embeddings"]
+    outer = {entry.parameter: entry for entry in reader.family.outer_tensors(reader.tied)}
+
+    def others(message: str) -> tuple[str, dict[str, str]]:
+        held = {entry: name for entry, name in _OTHER_MESSAGES[message].items() if name in outer}
+        first_rows = any(outer[name].offset for name in held.values())
+        return message, held | ({f"{_SPD}{FIRST_ROWS}": FIRST_ROWS} if first_rows else {})
+
+    yield others("embeddings")
     for block in range(reader.num_layers):
-        entries = {
-            entry: layer_name(block, name)
-            for entry, name in _LAYER.items()
-            if not entry.endswith("bias") or biases.get(entry, settings.linear_bias)
-        }
-        held = reader.block_names(block)
-        branch = [entry.name for entry in reader.family.branch_tensors if entry.source in held]
+        entries = _layer_entries(reader, block, settings)
         yield (
             f"transformer layer {block}",
-            entries | {f"{_SPD}{name}": layer_name(block, name) for name in branch},
+            {entry: layer_name(block, name) for entry, name in entries.items()},
         )
-    yield "final norm", {"weight": FINAL_NORM}
+    yield others("final norm")
     if not reader.tied:
-        yield "output layer", _OTHER_MESSAGES["output layer"]
+        yield others("output layer")
 
 
-def _layer_parameter(entry: str) -> str | None:
-    return entry.removeprefix(_SPD) if entry.startswith(_SPD) else _LAYER.get(entry)
+def _layer_entries(reader: CheckpointReader, block: int, settings: Any) -> dict[str, str]:
+    """The entries of a layer's message and the parameters of the layer that they hold."""
+    biases = {"qkv bias": settings.qkv_bias, "input norm bias": settings.norm_has_bias}
+    biases |= {"post norm bias": settings.norm_has_bias}
+    family, held = reader.family, set(reader.block_names(block))
+    table = family.written_out(reader.settings).megatron
+    own = {entry.name for entry in table}
+    entries = {
+        entry: name
+        for entry, name in _LAYER.items()
+        if name in own and (not entry.endswith("bias") or biases.get(entry, settings.linear_bias))
+    }
+    more = [entry.name for entry in table if entry.name not in _LAYER.values() and held & {*entry.sources}]
+    more += [entry.name for entry in family.branch_tensors if entry.source in held]
+    return entries | {f"{_SPD}{name}": name for name in more}
 
 
 def _whole(message: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -234,7 +247,7 @@ def _settings(reader: CheckpointReader) -> SimpleNamespace:
         "num_attention_heads": config.num_attention_heads,
         "max_position_embeddings": positions,
         "seq_length": positions,
-        "position_embedding_type": "rope",
+        "position_embedding_type": "rope" if reader.family.positions is None else "learned_absolute",
         "tokenizer_type": "HuggingFaceTokenizer",
         "iteration": _ITERATION,
         "swiglu": config.gated_linear_unit,

@@ -32,17 +32,10 @@ def layer_parameters(reader: CheckpointReader, block: int, rank: int, ranks: int
     """A rank's Megatron-core parameters of one layer; those that the checkpoint does not have are left out."""
     shard = shard_block(reader.block(block), reader.family, rank, ranks)
     state = {}
-    for name in (
-        *(f"{norm}.weight" for norm in ("input_layernorm", "pre_mlp_layernorm")),
-        *(
-            f"{linear}.{kind}"
-            for linear in ("self_attention.linear_qkv", "self_attention.linear_proj")
-            for kind in ("weight", "bias")
-        ),
-        *(f"mlp.linear_{part}.{kind}" for part in ("fc1", "fc2") for kind in ("weight", "bias")),
-    ):
-        if name.endswith("weight") or "self_attn.q_proj.bias" in shard:
-            state |= to_megatron(shard, reader.family, reader.kv_groups // ranks, [name])
+    for entry in reader.family.written_out(reader.settings).megatron:
+        norm = "norm" in entry.name
+        if entry.name.endswith("weight") or (entry.sources[0] if norm else "self_attn.q_proj.bias") in shard:
+            state |= to_megatron(shard, reader.family, reader.kv_groups // ranks, [entry.name])
     return state
 
 
@@ -51,22 +44,16 @@ def rank_parameters(
 ) -> dict[str, Tensor]:
     """What one file holds: the layers ``blocks``, numbered from 0, and what stands in front of and behind all."""
     state: dict[str, Tensor] = {}
-
-    def rows(name: str) -> Tensor:
-        table = reader.get(name)
-        table = torch.cat([table, table.new_full((padding, table.shape[1]), 9.0)])
-        return table.chunk(ranks)[rank].clone()
-
-    if blocks.start == 0:
-        state["embedding.word_embeddings.weight"] = rows(reader.family.embedding)
+    for entry in reader.family.outer_tensors(reader.tied):
+        if (blocks.start if entry.in_front else reader.num_layers - blocks.stop) == 0:
+            table = reader.get(entry.name)[entry.offset :]
+            if entry.vocabulary:
+                table = torch.cat([table, table.new_full((padding, table.shape[1]), 9.0)]).chunk(ranks)[rank]
+            state[entry.parameter] = table.clone()
     for number, block in enumerate(blocks):
         layer = layer_parameters(reader, block, rank, ranks)
         state |= {f"decoder.layers.{number}.{name}": t.clone() for name, t in layer.items()}
         state[f"decoder.layers.{number}.self_attention.linear_qkv._extra_state"] = None  # type: ignore[assignment]
-    if blocks.stop == reader.num_layers:
-        state["decoder.final_layernorm.weight"] = reader.get(reader.family.final_norm)
-        if not reader.tied:
-            state["output_layer.weight"] = rows(reader.family.output_layer)
     return state
 
 
@@ -88,25 +75,33 @@ def write_legacy(
     stages: tuple[int, ...] = (),
     names: Mapping[str, str] | None = None,
     padding: int = 0,
+    chunks: int = 0,
     **changes: Any,
 ) -> Path:
     """``out/iter_0000007/mp_rank_...`` and the tracker file, for the model in ``base``; returns ``out``.
 
-    ``stages``: how many layers each pipeline stage has; none: no pipeline. ``names``: replacements in names.
+    ``stages``: how many layers each pipeline stage has; none: no pipeline. ``chunks``: how many a stage of an
+    interleaved pipeline has, of one layer each; 0: it is not interleaved. ``names``: replacements in names.
     ``changes``: to what a file holds beside the model.
     """
     reader = CheckpointReader(base)
     ends = [sum(stages[: i + 1]) for i in range(len(stages))] or [reader.num_layers]
     for rank in range(ranks):
         for stage, end in enumerate(ends):
-            blocks = range(ends[stage - 1] if stage else 0, end)
-            model = renamed(rank_parameters(reader, rank, ranks, blocks, padding), names or {})
+            parts = {"model": range(ends[stage - 1] if stage else 0, end)}
+            if chunks:
+                firsts = [chunk * len(ends) + stage for chunk in range(chunks)]
+                parts = {f"model{chunk}": range(first, first + 1) for chunk, first in enumerate(firsts)}
+            models = {
+                key: renamed(rank_parameters(reader, rank, ranks, blocks, padding), names or {})
+                for key, blocks in parts.items()
+            }
             args = argparse.Namespace(
                 tensor_model_parallel_size=ranks,
                 pipeline_model_parallel_size=len(ends),
                 params_dtype=torch.float32,
             )
-            state = {"args": args, "checkpoint_version": 3.0, "iteration": 7, "model": model} | changes
+            state = {"args": args, "checkpoint_version": 3.0, "iteration": 7} | models | changes
             suffix = f"_{stage:03d}" if stages else ""
             file = out / "iter_0000007" / f"mp_rank_{rank:02d}{suffix}" / "model_optim_rng.pt"
             file.parent.mkdir(parents=True)

@@ -2,7 +2,8 @@
 
 They are folders of torch.distributed.checkpoint: whole tensors under global names in as many pieces as ranks wrote
 them, so that any tensor-parallel and pipeline-parallel layout reads them. Layers are numbered in the names, or stacked
-along a first axis ("homogeneous layers"). ``[gate; up]`` lie one after the other as for one rank, in one tensor or two.
+along a first axis ("homogeneous layers"); so are experts, the second axis then, or numbered ("singleton local shards").
+``[gate; up]`` lie one after the other as for one rank, in one tensor or two.
 """
 
 from __future__ import annotations
@@ -25,17 +26,20 @@ from torch.distributed.checkpoint import (
     DefaultSavePlanner,
     FileSystemReader,
     LoadPlan,
+    WriteItem,
 )
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_spd.checkpoint.megatron_names import canonical, layer_name
+from megatron_spd.checkpoint.megatron_names import canonical
 from megatron_spd.checkpoint.megatron_store import DIST_CONFIG
 from megatron_spd.checkpoint.unpickling import check_object, load_state, read_metadata
 from megatron_spd.errors import CheckpointError
@@ -52,15 +56,36 @@ _CONFIG = {
 _OTHER_STATE = ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 #: The two halves of a gated MLP's first linear, where they are kept apart: gate before up.
 _HALF = re.compile(r"(.*\.linear_fc1\.(?:weight|bias))_[wv]")
-_STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
+#: What stands in front of the number of a layer and of an expert, where there is none.
+_STACKED_LAYERS = re.compile(r"^decoder\.layers(?=\.\D)")
+_STACKED_EXPERTS = re.compile(r"\.mlp\.experts\.experts(?=\.\D)")
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A tensor of the folder, or one layer of a stacked one."""
+    """A tensor of the folder, or what lies at ``index`` of the first axes of a stacked one."""
 
     key: str
-    layer: int | None = None
+    index: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """``count`` tensors like ``like`` (without data) that are one tensor, along a first axis, of which each is a piece
+    by itself. To torch.distributed.checkpoint it is an object that says itself how it is written."""
+
+    count: int
+    like: Tensor
+
+    def __create_write_items__(self, key: str, value: object) -> list[WriteItem]:
+        shape = self.like.shape
+        properties = TensorProperties.create_from_tensor(self.like)
+        items = []
+        for number in range(self.count):
+            chunk = ChunkStorageMetadata(torch.Size([number, *(0 for _ in shape)]), torch.Size([1, *shape]))
+            data = TensorWriteData(chunk, properties, torch.Size([self.count, *shape]))
+            items.append(WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
+        return items
 
 
 class DistStore:
@@ -88,7 +113,17 @@ class DistStore:
     @property
     def stacked(self) -> bool:
         """Whether layers are stacked along a first axis."""
-        return any(place.layer is not None for places in self._places.values() for place in places)
+        return any(_STACKED_LAYERS.search(key) for key in self._tensors)
+
+    @property
+    def apart(self) -> bool:
+        """Whether gate and up are two tensors, and experts are numbered."""
+        return any(_HALF.fullmatch(key) for key in self._tensors)
+
+    @property
+    def spellings(self) -> Collection[str]:
+        """What the tensors are called in the folder."""
+        return self._tensors.keys()
 
     def names(self) -> Collection[str]:
         return self._places.keys()
@@ -113,16 +148,14 @@ class DistStore:
 
     def _empty(self, place: _Place, device: torch.device) -> Tensor:
         stored = self._tensors[place.key]
-        size = stored.size if place.layer is None else stored.size[1:]
+        size = stored.size[len(place.index) :]
         return torch.empty(size, dtype=stored.properties.dtype, device=device)
 
     def _load(self, place: _Place) -> Tensor:
         stored, target = self._tensors[place.key], self._empty(place, torch.device("cpu"))
-        stacked = target if place.layer is None else target[None]
-        start = [0] * stacked.dim()
-        if place.layer is not None:
-            start[0] = place.layer
-        wanted = ChunkStorageMetadata(torch.Size(start), stacked.size())
+        stacked = target[(None,) * len(place.index)]
+        start = torch.Size([*place.index, *(0 for _ in target.shape)])
+        wanted = ChunkStorageMetadata(start, stacked.size())
         items = create_read_items_for_chunk_list(place.key, stored, [wanted])
         try:
             self._reader.read_data(LoadPlan(items), _IntoTensor(stacked)).wait()
@@ -148,23 +181,26 @@ class _IntoTensor(DefaultLoadPlanner):
 class _WhenWritten(DefaultSavePlanner):
     """A tensor of the state is asked for when its turn comes to be written, and forgotten afterwards."""
 
-    def __init__(self, load: Callable[[str], Tensor]) -> None:
+    def __init__(self, load: Callable[[str, int], Tensor]) -> None:
         super().__init__(flatten_state_dict=False)
         self._load = load
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        found = super().lookup_object(index)
-        return self._load(index.fqn) if isinstance(found, Tensor) else found
+        found = self.state_dict[index.fqn]
+        if isinstance(found, Stacked):
+            assert index.offset is not None  # each of its pieces has one
+            return self._load(index.fqn, index.offset[0])[None]
+        return self._load(index.fqn, 0) if isinstance(found, Tensor) else found
 
 
 def write_dist(
-    folder: Path, state: Mapping[str, Any], load: Callable[[str], Tensor], common: Mapping[str, Any]
+    folder: Path, state: Mapping[str, Any], load: Callable[[str, int], Tensor], common: Mapping[str, Any]
 ) -> None:
     """Write a torch_dist folder that Megatron-core's ``dist_checkpointing.load`` reads.
 
-    ``state``: keys to tensors without data (device "meta"), whose data ``load(key)`` gives, one at a time; and to
-    anything else, which is pickled. ``common``: what is not sharded. Needs no process group. Raises what ``load``
-    raises.
+    ``state``: keys to tensors without data (device "meta"), to :class:`Stacked` ones, and to anything else, which is
+    pickled. ``load(key, n)`` gives data, one tensor at a time: the n-th of those stacked, 0 for a tensor by itself.
+    ``common``: what is not sharded. Needs no process group. Raises what ``load`` raises.
     """
     with warnings.catch_warnings():
         # It remarks that there is one process only.
@@ -207,16 +243,14 @@ def _model_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
 
 
 def _places(tensors: Mapping[str, TensorStorageMetadata]) -> dict[str, list[_Place]]:
-    """Where each parameter lies: by its canonical name the tensors that make it, one after the other."""
+    """Where each parameter lies: by its canonical name the tensors that make it, one after the other. Of two keys
+    that say the same any is taken."""
     places: dict[str, list[_Place]] = {}
     for key in sorted(tensors):
         name = _HALF.sub(r"\1", key)
-        stacked = _STACKED.fullmatch(name)
-        if stacked is None:
-            places.setdefault(canonical(name), []).append(_Place(key))
-            continue
-        for layer in range(tensors[key].size[0]):
-            places.setdefault(canonical(layer_name(layer, stacked[1])), []).append(_Place(key, layer))
+        for spelled, index in _unstacked(name, tensors[key].size):
+            others = places.get(canonical(spelled), []) if name != key else []
+            places[canonical(spelled)] = [*others, _Place(key, index)]
     return {name: sorted(found, key=lambda p: p.key.endswith("_v")) for name, found in places.items()}
 
 
@@ -228,6 +262,17 @@ def _content(folder: Path, place: Any) -> tuple[Path, bytes]:
     with file.open("rb") as stream:
         stream.seek(place.offset)
         return file, stream.read(place.length)
+
+
+def _unstacked(name: str, size: torch.Size) -> list[tuple[str, tuple[int, ...]]]:
+    """What a tensor called ``name`` holds: names with the numbers of layer and expert, and where along its first axes
+    they lie."""
+    found: list[tuple[str, tuple[int, ...]]] = [(name, ())]
+    for stack in _STACKED_LAYERS, _STACKED_EXPERTS:
+        if stack.search(name):
+            count = size[len(found[0][1])]
+            found = [(stack.sub(rf"\g<0>.{i}", n), (*at, i)) for n, at in found for i in range(count)]
+    return found
 
 
 def _check_pieces(folder: Path, metadata: Metadata, tensors: Mapping[str, TensorStorageMetadata]) -> None:

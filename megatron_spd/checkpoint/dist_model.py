@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,15 @@ import torch
 from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_spd.checkpoint.dist import DistStore, write_dist
+from megatron_spd.checkpoint.dist import DistStore, Stacked, write_dist
 from megatron_spd.checkpoint.folders import atomic_folder, copy_side_files
 from megatron_spd.checkpoint.megatron import SOURCE_FILE, MegatronReader
-from megatron_spd.checkpoint.megatron_names import outer_parameters, split_layer_name
+from megatron_spd.checkpoint.megatron_names import FIRST_ROWS, POSITIONS, canonical, split_layer_name
 from megatron_spd.checkpoint.megatron_store import TRACKER, find_checkpoint, is_dist
 from megatron_spd.checkpoint.view import ModelView, stored_plan
 from megatron_spd.errors import CheckpointError, PlanError
@@ -45,16 +46,17 @@ _RELEASE = "release"
 def write_megatron(view: ModelView, runtime: Runtime, out: Path) -> str:
     """Write a model as Megatron-LM keeps checkpoints: ``out/release``, a torch_dist folder, and the tracker file.
 
-    One parameter at a time is in memory. ``config.json`` (with the plan) and the tokenizer go beside the weights. What
-    was written is read again before ``out`` appears. ``runtime``: of one process. Returns the model's fingerprint.
-    Raises CheckpointError for what Megatron-core cannot hold; UserError if ``out`` holds something or the disk is full.
+    One parameter at a time is in memory, of experts that of one. ``config.json`` (with the plan) and the tokenizer go
+    beside the weights. What was written is read again before ``out`` appears. ``runtime``: of one process. Returns the
+    model's fingerprint. Raises CheckpointError for what Megatron-core cannot hold; UserError if ``out`` holds something
+    or the disk is full.
     """
     with atomic_folder(out) as partial:
         folder = partial / _RELEASE
         folder.mkdir()
         state, names = _state(view, runtime)
         common = _COMMON | {"content_metadata": _LAYOUT}
-        write_dist(folder, state, lambda key: megatron_parameter(view, names[key], view.get), common)
+        write_dist(folder, state, lambda key, n: megatron_parameter(view, names[key][n], view.get), common)
         _write_side_files(view, folder)
         (partial / TRACKER).write_text(_RELEASE, encoding="utf-8")
         fingerprint = MegatronReader(partial).fingerprint()
@@ -71,7 +73,8 @@ def save_model(model: GPTModel, view: ModelView, runtime: Runtime, folder: Path)
     partial = folder.with_name(folder.name + ".partial")
     with atomic_folder(folder) if runtime.is_main else contextlib.nullcontext(partial):
         runtime.barrier()
-        state = model.sharded_state_dict(metadata=_layout(runtime))
+        items = enumerate(_items(model, view, runtime, view.get))
+        state = {f"{number} {name}": item for number, (name, item) in items}
         dist_checkpointing.save(state | _COMMON, str(partial), content_metadata=dict(_LAYOUT))
         if runtime.is_main:
             _write_side_files(view, partial)
@@ -92,9 +95,14 @@ def load_model(model: GPTModel, plan: SPDPlan, runtime: Runtime, folder: Path) -
     store = DistStore(found)
     store.check_objects()
     _check_plan(plan, found)
-    layout = _layout(runtime) | {"non_homogeneous_layers": not store.stacked}
+    layout = {"non_homogeneous_layers": not store.stacked, "singleton_local_shards": store.apart}
+    wanted = model.sharded_state_dict(metadata=_layout(runtime) | layout)
+    # Layer specs of Megatron-core differ in what they call a norm.
+    spelled = {canonical(key): key for key in store.spellings}
+    for item in wanted.values():
+        item.key = spelled.get(canonical(item.key), item.key)
     try:
-        state = dist_checkpointing.load(model.sharded_state_dict(metadata=layout), str(found))
+        state = dist_checkpointing.load(wanted, str(found))
     except CheckpointException as error:
         # Of any rank: each has its own reason.
         reason, _ = next(iter(error.failures.values()))
@@ -135,11 +143,34 @@ def _write_side_files(view: ModelView, folder: Path) -> None:
     copy_side_files(view.reader.folder, folder)
 
 
-def _state(view: ModelView, runtime: Runtime) -> tuple[dict[str, Any], dict[str, str]]:
-    """For every key of the checkpoint a tensor without data, or an object; and the parameter behind each tensor."""
+def _items(
+    model: GPTModel, view: ModelView, runtime: Runtime, get: Callable[[str], Tensor]
+) -> list[tuple[str, Any]]:
+    """This rank's state by the names of ``model``, each with its place in a checkpoint; ``get`` as for
+    :func:`megatron_parameter`.
+
+    There is more in it than Megatron-core's own: rows of a table of positions that it has no place for; and with
+    experts, the norm in front of them twice, because its layer specs with and without Transformer Engine call it by
+    different names. It passes over what it does not look for.
+    """
+    items = list(model.sharded_state_dict(metadata=_layout(runtime)).items())
+    family = view.reader.family
+    if family.tables.experts:
+        norms = [(name, item) for name, item in items if ".pre_mlp_layernorm." in name]
+        items += [(name, dataclasses.replace(item, key=canonical(item.key))) for name, item in norms]
+    if family.positions is not None and family.positions.offset:
+        rows = megatron_parameter(view, FIRST_ROWS, get).to(model.config.params_dtype)
+        place = ShardedTensor.from_rank_offsets(FIRST_ROWS, rows.clone(), replica_id=runtime.rank)
+        items.append((FIRST_ROWS, place))
+    return items
+
+
+def _state(view: ModelView, runtime: Runtime) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """For every key of the checkpoint a tensor without data, tensors that are stacked, or an object; and the parameters
+    behind the tensors."""
     state: dict[str, Any] = {}
-    names: dict[str, str] = {}
-    for name, item in _empty_model(view, runtime).sharded_state_dict(metadata=_layout(runtime)).items():
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, item in _items(_empty_model(view, runtime), view, runtime, view.like):
         if isinstance(item, ShardedObject):
             state[item.unique_key] = [item.data]
             continue
@@ -148,7 +179,13 @@ def _state(view: ModelView, runtime: Runtime) -> tuple[dict[str, Any], dict[str,
             raise CheckpointError(
                 f"parameter {name} has shape {list(like.shape)}, Megatron-core expects {list(item.data.shape)}"
             )
-        state[item.key], names[item.key] = like, name
+        names[item.key].append(name)
+        part = item.build()[0] if isinstance(item, ShardedTensorFactory) else item
+        if not part.prepend_axis_num:
+            state[item.key] = like
+            continue
+        first = state.setdefault(item.key, Stacked(part.global_shape[0], like)).like
+        _check_dtypes(name, {first.dtype, like.dtype})
     return state, names
 
 
@@ -173,19 +210,24 @@ def megatron_parameter(view: ModelView, name: str, get: Callable[[str], Tensor])
     reader = view.reader
     place = split_layer_name(name)
     if place is None:
-        outer = {
-            parameter: source for source, parameter in outer_parameters(reader.family, reader.tied).items()
-        }
-        return get(outer[name])
+        outer = {entry.parameter: entry for entry in reader.family.outer_tensors(reader.tied)}
+        entry = outer[POSITIONS if name == FIRST_ROWS else name]
+        table = get(entry.name)
+        return table[: entry.offset] if name == FIRST_ROWS else table[entry.offset :]
     block, part = place
     source = _BlockTensors(view, block, get)
     parameter = to_megatron(source, reader.family, reader.kv_groups, [part])[part]
-    if any(dtype != parameter.dtype for dtype in source.dtypes):
+    _check_dtypes(name, source.dtypes)
+    return parameter
+
+
+def _check_dtypes(name: str, dtypes: set[torch.dtype]) -> None:
+    """Raise CheckpointError unless what makes parameter ``name`` is of one dtype."""
+    if len(dtypes) > 1:
         raise CheckpointError(
-            f"parameter {name} is made of tensors of {sorted(map(str, source.dtypes))}; Megatron-core has one dtype "
+            f"parameter {name} is made of tensors of {sorted(map(str, dtypes))}; Megatron-core has one dtype "
             "for them, convert the model to one first"
         )
-    return parameter
 
 
 class _BlockTensors(Mapping[str, Tensor]):

@@ -1,7 +1,9 @@
 """Megatron-LM's checkpoints of one file for each rank, ``mp_rank_TT[_PPP]/model_optim_rng.pt``: read, never written.
 
-``TT`` is the tensor-parallel rank, ``PPP`` the pipeline stage, whose layers are numbered from 0. The files are pickles:
-see ``unpickling.py`` for what is read of them. Tensors are memory-mapped.
+``TT`` is the tensor-parallel rank, ``PPP`` the pipeline stage, whose layers are numbered from 0. In an interleaved
+pipeline a stage has several chunks of the model ("model0", "model1", ...), each numbered from 0: the first chunks of
+all stages are followed by the second ones. The files are pickles: see ``unpickling.py`` for what is read of them.
+Tensors are memory-mapped.
 """
 
 from __future__ import annotations
@@ -42,10 +44,12 @@ class LegacyStore:
                         f"{folder} has files of {self.ranks} tensor-parallel ranks and {stages} pipeline stages, but "
                         f"none of rank {tensor_rank} of stage {stage}; copy it there"
                     )
-        self._parts = [_whole_rank(files, rank, stages) for rank in range(self.ranks)]
+        _check_sizes(folder, load_state(files[0, 0]).get("args"), self.ranks, stages)
+        self._parts = [
+            _whole_rank(folder, [_chunks(files[rank, stage]) for stage in range(stages)])
+            for rank in range(self.ranks)
+        ]
         self._check_parts()
-        first = load_state(files[0, 0]).get("args")
-        _check_sizes(folder, first, self.ranks, stages)
 
     def names(self) -> Collection[str]:
         return self._parts[0].keys()
@@ -84,12 +88,16 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
     return files
 
 
-def _whole_rank(files: Mapping[tuple[int, int], Path], rank: int, stages: int) -> dict[str, Tensor]:
-    """A tensor-parallel rank's part of all parameters, by canonical name: its pipeline stages, one after the other."""
+def _whole_rank(folder: Path, stages: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """A tensor-parallel rank's part of all parameters, by canonical name, from the chunks of its pipeline stages."""
     whole: dict[str, Tensor] = {}
     layers = 0
-    for stage in range(stages):
-        part = _model_state(files[rank, stage])
+    if len({len(chunks) for chunks in stages}) > 1:
+        raise CheckpointError(
+            f"{folder} has pipeline stages of {sorted({len(chunks) for chunks in stages})} model chunks, expected as "
+            "many in each; they are not of one checkpoint"
+        )
+    for part in (part for same in zip(*stages, strict=True) for part in same):
         inside = {name: place for name in part if (place := split_layer_name(name)) is not None}
         for name, tensor in part.items():
             if name not in inside:
@@ -102,8 +110,8 @@ def _whole_rank(files: Mapping[tuple[int, int], Path], rank: int, stages: int) -
     return whole
 
 
-def _model_state(file: Path) -> dict[str, Tensor]:
-    """The model's tensors in a rank's file by canonical name."""
+def _chunks(file: Path) -> list[dict[str, Tensor]]:
+    """The tensors in a rank's file by canonical name, for each chunk of the model; mostly there is one."""
     state = load_state(file)
     version = state.get("checkpoint_version", 0)
     if not isinstance(version, (int, float)) or version < _LEAST_VERSION:
@@ -111,10 +119,12 @@ def _model_state(file: Path) -> dict[str, Tensor]:
             f"{file} is of checkpoint_version {version!r}, expected {_LEAST_VERSION} or newer; save it again with a "
             "newer Megatron-LM"
         )
-    if "model" not in state or not isinstance(state["model"], Mapping):
-        known = "chunks of an interleaved pipeline" if "model0" in state else "no model"
-        raise CheckpointError(f"{file} has {known}, expected one model; convert it with Megatron-LM first")
-    return {canonical(name): tensor for name, tensor in _flat(state["model"])}
+    numbered = [f"model{i}" for i in range(len(state)) if f"model{i}" in state]
+    models = [state.get(name) for name in numbered or ["model"]]
+    chunks = [model for model in models if isinstance(model, Mapping)]
+    if len(chunks) < len(models):
+        raise CheckpointError(f"{file} has no model; copy or save it again")
+    return [{canonical(name): tensor for name, tensor in _flat(chunk)} for chunk in chunks]
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -127,7 +137,14 @@ def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Ten
 
 
 def _check_sizes(folder: Path, args: Any, ranks: int, stages: int) -> None:
-    """Raise CheckpointError where the arguments of the run that saved the files tell of other sizes."""
+    """Raise CheckpointError where the arguments of the run that saved the files tell of other sizes, or of experts
+    that are spread over ranks: their files have the same names as those of pipeline stages."""
+    spread = getattr(args, "expert_model_parallel_size", 1)
+    if spread != 1:
+        raise CheckpointError(
+            f"{folder} was saved with expert_model_parallel_size = {spread}, expected 1; convert it to torch_dist with "
+            "Megatron-LM first"
+        )
     for name, found in (("tensor_model_parallel_size", ranks), ("pipeline_model_parallel_size", stages)):
         told = getattr(args, name, found)
         if told != found:

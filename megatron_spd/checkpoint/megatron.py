@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 from megatron_spd.checkpoint.dist import DistStore
 from megatron_spd.checkpoint.hf import CheckpointReader, read_config, sampled
 from megatron_spd.checkpoint.legacy import LegacyStore
-from megatron_spd.checkpoint.megatron_names import OUTPUT_LAYER, layer_name, outer_parameters
+from megatron_spd.checkpoint.megatron_names import FIRST_ROWS, OUTPUT_LAYER, layer_name
 from megatron_spd.checkpoint.megatron_store import (
     TRACKER,
     ParameterStore,
@@ -21,8 +23,9 @@ from megatron_spd.checkpoint.megatron_store import (
     is_dist,
     is_legacy,
 )
-from megatron_spd.checkpoint.safetensors_io import TORCH_DTYPES, TensorEntry
+from megatron_spd.checkpoint.safetensors_io import TORCH_DTYPES, TensorEntry, has_weights
 from megatron_spd.errors import CheckpointError
+from megatron_spd.models.family import OuterTensor
 from megatron_spd.models.weights import from_megatron, unshard_block
 
 #: Written beside the weights: the fingerprint that they had.
@@ -38,6 +41,10 @@ class MegatronReader(CheckpointReader):
     The model's ``config.json``, plan included, and tokenizer lie beside the weights where this package wrote them;
     otherwise ``hf_config`` names the Hugging Face folder that has them. Tensors are read one at a time. Raises
     CheckpointError as CheckpointReader, and for parameters that the config does not account for.
+
+    Rows of a table of positions that Megatron-core's has no place for (OPT's first two, which only padding reads) lie
+    beside the weights where this package wrote them; else they are taken from the weights in ``hf_config``, if there
+    are any, or are zeros, with a warning.
     """
 
     def __init__(self, folder: str | Path, hf_config: str | Path | None = None) -> None:
@@ -84,12 +91,12 @@ class MegatronReader(CheckpointReader):
                 f"{self.store.folder} is cut for {self.store.ranks} tensor-parallel ranks, which do not divide the "
                 f"{self.kv_groups} key/value groups of {self.folder}/config.json; it is another model"
             )
-        self._places: dict[str, tuple[int, str] | str] = {}
+        self._places: dict[str, tuple[int, str] | OuterTensor] = {}
         self._asked: set[str] = set()
         likes: dict[str, Tensor] = {}
-        for name, parameter in outer_parameters(self.family, self.tied).items():
-            self._places[name] = parameter
-            likes[name] = self._outer(parameter, meta=True)
+        for entry in self.family.outer_tensors(self.tied):
+            self._places[entry.name] = entry
+            likes[entry.name] = self._outer(entry, meta=True)
         for block in range(self.num_layers):
             wanted = self._block_table(block)
             for part, like in self._block_tensors(block, wanted, meta=True).items():
@@ -101,7 +108,7 @@ class MegatronReader(CheckpointReader):
 
     def _load(self, name: str) -> Tensor:
         place = self._places[name]
-        if isinstance(place, str):
+        if isinstance(place, OuterTensor):
             return self._outer(place)
         block, part = place
         return self._block_tensors(block, [part])[part].clone(memory_format=torch.contiguous_format)
@@ -128,11 +135,33 @@ class MegatronReader(CheckpointReader):
             self._read_last = (name, rank, self.store.load(name, rank))
         return self._read_last[2]
 
-    def _outer(self, parameter: str, meta: bool = False) -> Tensor:
+    def _outer(self, entry: OuterTensor, meta: bool = False) -> Tensor:
         """A tensor of no block. Embedding and output layer may be padded with rows that no token has."""
-        parts = [self.parameter(parameter, rank, meta) for rank in range(self.store.ranks)]
-        whole = parts[0] if parts[0].dim() == 1 else torch.cat(parts)
-        return whole[: self._positive("vocab_size")].clone() if whole.dim() > 1 else whole
+        if entry.vocabulary:
+            parts = [self.parameter(entry.parameter, rank, meta) for rank in range(self.store.ranks)]
+            return torch.cat(parts)[: self._positive("vocab_size")].clone()
+        whole = self.parameter(entry.parameter, 0, meta)
+        return torch.cat([self._first_rows(entry, whole, meta), whole]) if entry.offset else whole
+
+    def _first_rows(self, entry: OuterTensor, rest: Tensor, meta: bool) -> Tensor:
+        """The rows in front of ``rest`` in the table ``entry``."""
+        if FIRST_ROWS in self.store.names():
+            return self.parameter(FIRST_ROWS, 0, meta)
+        if meta:
+            return rest.new_empty(entry.offset, *rest.shape[1:])
+        if self._beside is not None:
+            return self._beside.get(entry.name)[: entry.offset].to(rest.dtype)
+        warnings.warn(
+            f"{self.store.folder} lacks the first {entry.offset} rows of {entry.name}, which only padding reads: they "
+            "become zeros; give a Hugging Face folder with weights as --hf-config to take them from there",
+            stacklevel=2,
+        )
+        return rest.new_zeros(entry.offset, *rest.shape[1:])
+
+    @functools.cached_property
+    def _beside(self) -> CheckpointReader | None:
+        """The model in the folder of the config, if it has weights there."""
+        return CheckpointReader(self.folder) if has_weights(self.folder) else None
 
     def _block_tensors(self, block: int, wanted: Iterable[str], meta: bool = False) -> dict[str, Tensor]:
         """Whole Hugging Face tensors of a block by block-relative name."""

@@ -1,25 +1,33 @@
 """Names of Megatron-core's parameters: those of a whole GPTModel of the local layer spec (``decoder.layers.3.mlp...``).
 
-Other spellings are brought to these: Transformer Engine's, which fuses a norm with the linear behind it, and those of
-Megatron-LM before Megatron-core ("legacy": ``language_model.encoder.layers.3.self_attention.query_key_value.weight``).
+Other spellings are brought to these: Transformer Engine's, which fuses a norm with the linear behind it and has the
+weights of all experts in one module, that of experts in distributed checkpoints, and those of Megatron-LM before
+Megatron-core ("legacy": ``language_model.encoder.layers.3.self_attention.query_key_value.weight``).
 """
 
 from __future__ import annotations
 
 import re
 
-from megatron_spd.errors import UserError
-from megatron_spd.models.family import ModelFamily
-
 EMBEDDING = "embedding.word_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 OUTPUT_LAYER = "output_layer.weight"
+POSITIONS = "embedding.position_embeddings.weight"
+#: The rows of a family's table of positions that Megatron-core's lacks: a tensor of our own, which it passes over.
+FIRST_ROWS = "megatron_spd.embedding.position_embeddings.first_rows"
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+_EXPERTS = (
+    (re.compile(r"\.mlp\.experts\.experts(?=\.\d)"), ".mlp.experts.local_experts"),
+    (
+        re.compile(r"\.mlp\.experts\.(linear_fc\d\.(?:weight|bias))(\d+)"),
+        r".mlp.experts.local_experts.\2.\1",
+    ),
+)
 #: Legacy names, from their start on, and what stands there now; the first that fits is taken.
 _LEGACY = (
     ("language_model.embedding.", "embedding."),
@@ -49,21 +57,6 @@ def split_layer_name(name: str) -> tuple[int, str] | None:
     return None if match is None else (int(match[1]), match[2])
 
 
-def outer_parameters(family: ModelFamily, tied: bool) -> dict[str, str]:
-    """Hugging Face names of the tensors that belong to no block, and the parameters that hold them.
-
-    Raises UserError for a family of which a Megatron checkpoint cannot hold everything.
-    """
-    tensors = family.outer_tensors(tied)
-    for entry in tensors:
-        if entry.offset:
-            raise UserError(
-                f"a Megatron checkpoint has no place for the first {entry.offset} rows of {entry.name} of a "
-                f"{family.model_type} model; keep it as a Hugging Face folder"
-            )
-    return {entry.name: entry.parameter for entry in tensors}
-
-
 def canonical(name: str) -> str:
     """The name of the local layer spec for any of the spellings."""
     for legacy, now in _LEGACY:
@@ -75,4 +68,6 @@ def canonical(name: str) -> str:
             break
     for fused, norm in _FUSED_NORMS.items():
         name = name.replace(fused, norm)
+    for pattern, now in _EXPERTS:
+        name = pattern.sub(now, name)
     return name

@@ -41,6 +41,11 @@ class TensorEntry:
     end: int
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether ``folder`` holds a model as safetensors."""
+    return any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
+
+
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file by name.
 

@@ -140,9 +140,12 @@ class ModelFamily:
 
     def block_tensors(self, settings: BlockSettings) -> list[HFTensor]:
         """The table's entries that a model with ``settings`` has."""
-        experts = range(0 if settings.experts is None else settings.experts.count)
-        stored = self.tables.of_experts(experts).stored
+        stored = self.written_out(settings).stored
         return [t for t in stored if t.needs is None or getattr(settings, t.needs)]
+
+    def written_out(self, settings: BlockSettings) -> BlockTables:
+        """The tables with all experts of a model with ``settings``."""
+        return self.tables.of_experts(range(0 if settings.experts is None else settings.experts.count))
 
     def tensor(self, name: str) -> HFTensor:
         """The table entry for a block-relative name (branch tensors included). Raises KeyError."""

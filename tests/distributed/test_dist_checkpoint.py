@@ -20,6 +20,7 @@ from megatron_spd.models.build import build_gpt_model
 from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import Runtime, initialize
 from megatron_spd.stages import final_weights
+from tests.families import make_model
 from tests.models import make_export, make_llama
 from tests.ranks import run_ranks
 
@@ -82,14 +83,19 @@ def test_a_live_model_is_saved(folders: dict[str, Path], tmp_path: Path) -> None
     assert run_ranks(2, load_case, folders["spd"], tmp_path / "saved", 2) == [[], []]
 
 
-def save_as_megatron(folder: Path, out: Path, ranks: int) -> None:
-    """As a script of Megatron-core saves by default: layers stacked."""
+def save_as_megatron(folder: Path, out: Path, ranks: int, singletons: bool = False) -> None:
+    """As a script of Megatron-core saves by default: layers stacked; ``singletons``: nothing is. With experts, norms
+    in front of them by the name that Transformer Engine's layer spec gives them."""
     multiprocessing.current_process()._config["daemon"] = False
     model, _, runtime = build(folder, ranks)
     if runtime.is_main:
         out.mkdir()
     runtime.barrier()
-    dist_checkpointing.save(model.sharded_state_dict(), str(out))
+    state = model.sharded_state_dict(metadata={"singleton_local_shards": True} if singletons else None)
+    if model.config.num_moe_experts is not None:
+        for item in state.values():
+            item.key = item.key.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+    dist_checkpointing.save(state, str(out))
 
 
 def test_a_checkpoint_of_megatron_core_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -98,3 +104,29 @@ def test_a_checkpoint_of_megatron_core_is_read(folders: dict[str, Path], tmp_pat
     assert DistStore(tmp_path / "saved").stacked
     assert read.fingerprint() == CheckpointReader(folders["hf"]).fingerprint()
     assert run_ranks(3, load_case, folders["hf"], tmp_path / "saved", 3) == [[]] * 3
+
+
+@pytest.mark.parametrize("family", ["opt", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["hf", "spd"])
+def test_positions_and_experts_of_a_live_model(tmp_path: Path, family: str, kind: str) -> None:
+    """What Megatron-core does not keep as one tensor for one parameter: converted, loaded, saved and read again."""
+    folder = make_model(family, tmp_path / "hf")
+    if kind == "spd":
+        folder = make_export(folder, tmp_path / "spd", 4, [0, 2, 3], [(1, "mlp")], norms=[(1, "attention")])
+    write_megatron(view_of(CheckpointReader(folder)), initialize(), tmp_path / "converted")
+    assert run_ranks(2, load_case, folder, tmp_path / "converted", 2) == [[]] * 2
+    run_ranks(4, save_case, folder, tmp_path / "saved", 4)
+    assert MegatronReader(tmp_path / "saved").fingerprint() == CheckpointReader(folder).fingerprint()
+    assert run_ranks(2, load_case, folder, tmp_path / "saved", 2) == [[]] * 2
+
+
+@pytest.mark.parametrize("family", ["opt", "mixtral"])
+@pytest.mark.parametrize("singletons", [False, True])
+def test_layouts_of_megatron_core(tmp_path: Path, family: str, singletons: bool) -> None:
+    """Experts are stacked behind the axis of layers, or numbered; a norm has the name that Transformer Engine's spec
+    gives it. The rows of positions that no model of Megatron-core holds come from the folder of the config."""
+    folder = make_model(family, tmp_path / "hf")
+    run_ranks(2, save_as_megatron, folder, tmp_path / "saved", 2, singletons)
+    read = MegatronReader(tmp_path / "saved", folder)
+    assert read.fingerprint() == CheckpointReader(folder).fingerprint()
+    assert run_ranks(1, load_case, folder, tmp_path / "saved", 1) == [[]]

@@ -19,6 +19,7 @@ from megatron_spd.grouping.permute import planned_weights
 from megatron_spd.plan import SPDPlan
 from tests.command_line import answer, command, files
 from tests.e2e.bad_input import assert_one_line
+from tests.families import make_model
 from tests.megatron_files import OLD_NAMES, write_legacy
 from tests.models import make_export, make_llama
 
@@ -59,7 +60,8 @@ def moving_plan(reader: CheckpointReader) -> SPDPlan:
     for block in range(2):
         neurons = chance.sample(range(reader.ffn), reader.ffn)
         plan = plan.with_block(block, tier="ISB", recovery="zs", neuron_order=neurons)
-    return plan.with_block(0, kv_group_order=[1, 0])
+    groups = list(range(reader.kv_groups))
+    return plan.with_block(0, kv_group_order=groups[::-1])
 
 
 def way(before: str, after: str, source: Path, out: Path) -> list[object]:
@@ -87,6 +89,31 @@ def test_to_megatron_and_back(world: Path, tmp_path: Path, kind: str) -> None:
     assert result["branches"] == (None if kind == "hf" else BRANCHES)
     assert command("convert", *way("megatron", name, tmp_path / "megatron", tmp_path / "back")).code == 0
     assert_same_model(tmp_path / "back", world / kind)
+
+
+@pytest.mark.parametrize("family", ["opt", "mixtral", "qwen3_moe"])
+def test_every_way_of_other_families(tmp_path: Path, family: str) -> None:
+    hf = make_model(family, tmp_path / "hf", num_hidden_layers=2)
+    reader = CheckpointReader(hf)
+    plan = moving_plan(reader)
+    plan.save(tmp_path / "plan.json")
+    export(reader, plan, planned_weights(reader, plan), tmp_path / "spd")
+    done = [
+        (("hf", "megatron"), "hf", "plain", []),
+        (("megatron", "hf"), "plain", "hf again", []),
+        (("megatron", "spd"), "plain", "spd of a plan", ["--plan", tmp_path / "plan.json"]),
+        (("spd", "megatron"), "spd", "planned", []),
+        (("megatron", "megatron"), "planned", "copied", []),
+        (("megatron", "spd"), "copied", "spd again", []),
+        (("megatron", "hf"), "copied", "hf of an spd", []),
+    ]
+    for (before, after), given, out, options in done:
+        result = command("convert", *way(before, after, tmp_path / given, tmp_path / out), *options)
+        assert result.code == 0, result.err
+    for name in ("hf again", "hf of an spd"):
+        assert_same_model(tmp_path / name, hf)
+    for name in ("spd of a plan", "spd again"):
+        assert_same_model(tmp_path / name, tmp_path / "spd")
 
 
 def test_an_spd_model_that_was_not_trained_becomes_the_plain_one(world: Path, tmp_path: Path) -> None:

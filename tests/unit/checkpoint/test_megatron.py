@@ -25,6 +25,7 @@ from megatron_spd.errors import CheckpointError, PlanError, UserError
 from megatron_spd.models.build import build_gpt_model
 from megatron_spd.runtime.distributed import initialize, shutdown
 from megatron_spd.stages import final_weights
+from tests.families import make_model
 from tests.megatron_files import OLD_NAMES, write_legacy
 from tests.models import make_export, make_llama
 
@@ -77,6 +78,42 @@ def test_a_model_is_the_same_after_the_way_there_and_back(tmp_path: Path, varian
     assert read.tokenizer()("a text").input_ids == reader.tokenizer()("a text").input_ids
 
 
+#: A case of every family, and of what can be left out of one.
+FAMILIES = ["mistral", "qwen2", "qwen3 with biases", "opt", "opt without biases", "mixtral", "qwen3_moe"]
+
+
+@pytest.fixture(scope="module")
+def family_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The plain ("hf") or SPD model of a case of :data:`tests.families.CONFIGS`; "megatron": the latter converted."""
+    root = tmp_path_factory.mktemp("families")
+
+    def model(case: str, kind: str) -> Path:
+        folder = root / case / kind
+        if folder.exists():
+            return folder
+        if kind == "hf":
+            return make_model(case, folder)
+        if kind == "spd":
+            vectors = {"shifts": [(1, "mlp")], "norms": [(1, "attention")]}
+            return make_export(model(case, "hf"), folder, 4, [0, 2, 3], **vectors)
+        write_megatron(view_of(CheckpointReader(model(case, "spd"))), initialize(), folder)
+        return folder
+
+    return model
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_family_is_the_same_after_the_way_there_and_back(
+    family_models: Callable, tmp_path: Path, case: str
+) -> None:
+    plain, spd = (CheckpointReader(family_models(case, kind)) for kind in ("hf", "spd"))
+    write_megatron(view_of(plain), initialize(), tmp_path / "out")
+    assert_same(MegatronReader(tmp_path / "out"), plain)
+    read = MegatronReader(family_models(case, "megatron"))
+    assert_same(read, spd)
+    assert read.plan == spd.plan
+
+
 def test_an_spd_model_keeps_its_plan_and_its_vectors(spd: Path, written: Path) -> None:
     assert_same(MegatronReader(written), CheckpointReader(spd))
     assert MegatronReader(written).plan == CheckpointReader(spd).plan
@@ -104,6 +141,19 @@ def test_names_depend_on_no_ranks(written: Path) -> None:
     assert sizes["decoder.layers.1.attention_norm_weight"] == (6, 48)
 
 
+def test_experts_are_pieces_of_one_tensor(family_models: Callable) -> None:
+    """As Megatron-core stacks them, each to be read by itself. The norm in front of them has the names of both of its
+    layer specs."""
+    folder = family_models("mixtral", "megatron") / "release"
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    stacked = metadata["decoder.layers.2.mlp.experts.experts.linear_fc1.weight"]
+    assert tuple(stacked.size) == (5, 96, 48)
+    assert [tuple(chunk.offsets) for chunk in stacked.chunks] == [(i, 0, 0) for i in range(5)]
+    assert {tuple(chunk.sizes) for chunk in stacked.chunks} == {(1, 96, 48)}
+    layer = "decoder.layers.2."
+    assert {f"{layer}pre_mlp_layernorm.weight", f"{layer}mlp.linear_fc1.layer_norm_weight"} <= metadata.keys()
+
+
 def test_one_parameter_at_a_time_is_read(base: Path, tmp_path: Path) -> None:
     reader, asked = CheckpointReader(base), []
 
@@ -122,7 +172,7 @@ def restored(written: Path, out: Path, edit: Callable[[dict[str, torch.Tensor]],
     store = DistStore(written / "release")
     tensors = {name: store.load(name) for name in store.names()}
     edit(tensors)
-    write_dist(out, {n: t.to("meta") for n, t in tensors.items()}, tensors.__getitem__, {})
+    write_dist(out, {n: t.to("meta") for n, t in tensors.items()}, lambda name, _: tensors[name], {})
     return out
 
 
@@ -162,6 +212,50 @@ LEGACY: dict[str, dict[str, Any]] = {
         }
     },
 }
+
+
+#: Transformer Engine has the weights of all experts in one module.
+GROUPED = {
+    f".mlp.experts.local_experts.{i}.linear_{fc}.weight": f".mlp.experts.linear_{fc}.weight{i}"
+    for i in range(5)
+    for fc in ("fc1", "fc2")
+}
+LEGACY_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("opt", {"ranks": 2, "stages": (1, 2)}),
+    "opt, old names": ("opt", {"names": OLD_NAMES}),
+    "mixtral": ("mixtral", {"ranks": 2, "stages": (2, 1), "padding": 6}),
+    "mixtral, grouped": ("mixtral", {"ranks": 2, "names": GROUPED}),
+    "qwen3_moe": ("qwen3_moe", {"ranks": 4}),
+}
+
+
+@pytest.mark.parametrize("variant", LEGACY_FAMILIES.values(), ids=LEGACY_FAMILIES)
+def test_files_of_ranks_of_other_families(
+    family_models: Callable, tmp_path: Path, variant: tuple[str, dict[str, Any]]
+) -> None:
+    case, layout = variant
+    base = family_models(case, "hf")
+    assert_same(MegatronReader(write_legacy(base, tmp_path / "out", **layout), base), CheckpointReader(base))
+
+
+def test_an_interleaved_pipeline(tmp_path: Path) -> None:
+    """The first of two stages has layers 0 and 2."""
+    base = make_llama(tmp_path / "m", layers=4)
+    out = write_legacy(base, tmp_path / "out", ranks=2, stages=(2, 2), chunks=2)
+    assert_same(MegatronReader(out, base), CheckpointReader(base))
+
+
+def test_rows_of_positions_that_nothing_has_are_zeros(family_models: Callable, tmp_path: Path) -> None:
+    """Megatron itself has no place for OPT's first two, and a config alone no weights to take them from."""
+    base = family_models("opt", "hf")
+    config = tmp_path / "config"
+    shutil.copytree(base, config, ignore=shutil.ignore_patterns("*.safetensors"))
+    read = MegatronReader(write_legacy(base, tmp_path / "out"), config)
+    name = "model.decoder.embed_positions.weight"
+    with pytest.warns(UserWarning, match="lacks the first 2 rows"):
+        table = read.get(name)
+    assert not table[:2].any()
+    assert torch.equal(table[2:], CheckpointReader(base).get(name)[2:])
 
 
 @pytest.mark.parametrize("variant", LEGACY.values(), ids=LEGACY)
@@ -255,6 +349,12 @@ def malicious_rank(folder: Path) -> None:
     torch.save(state, folder / "mp_rank_00" / "model_optim_rng.pt")
 
 
+def uneven_chunks(folder: Path) -> None:
+    file = folder / "mp_rank_00_001" / "model_optim_rng.pt"
+    state = torch.load(file, weights_only=False)
+    torch.save(state | {"model0": state["model"], "model1": state["model"]}, file)
+
+
 FC1 = "decoder.layers.1.mlp.linear_fc1.weight"
 
 REFUSED: dict[str, tuple[Callable[..., MegatronReader], str]] = {
@@ -311,7 +411,12 @@ REFUSED: dict[str, tuple[Callable[..., MegatronReader], str]] = {
         "of a layout that is not read here",
     ),
     "old version": (of_legacy(checkpoint_version=1.0), "checkpoint_version 1.0, expected 2.0"),
-    "interleaved pipeline": (of_legacy(model=None, model0={}), "chunks of an interleaved pipeline"),
+    "no model": (of_legacy(model=None), "has no model"),
+    "chunks of several models": (of_legacy(uneven_chunks, stages=(1, 2)), "of [1, 2] model chunks"),
+    "spread experts": (
+        of_legacy(args=argparse.Namespace(expert_model_parallel_size=2)),
+        "saved with expert_model_parallel_size = 2, expected 1",
+    ),
     "malicious rank": (of_legacy(malicious_rank), "which could run code"),
 }
 
@@ -344,15 +449,22 @@ def test_an_output_that_holds_something_is_kept(base: Path, tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_mixed_dtypes_of_what_becomes_one_parameter(base: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(base, tmp_path / "m")
+@pytest.mark.parametrize(
+    ("case", "part", "parameter"),
+    [
+        ("qwen2", "self_attn.k_proj", "self_attention.linear_qkv"),
+        ("mixtral", "block_sparse_moe.experts.3.w2", "mlp.experts.local_experts.3.linear_fc2"),
+    ],
+)
+def test_mixed_dtypes_of_what_becomes_one_parameter(
+    family_models: Callable, tmp_path: Path, case: str, part: str, parameter: str
+) -> None:
+    folder = shutil.copytree(family_models(case, "hf"), tmp_path / "m")
     held = load_file(folder / "model.safetensors")
-    name = "model.layers.1.self_attn.k_proj.weight"
+    name = f"model.layers.1.{part}.weight"
     held[name] = held[name].to(torch.bfloat16)
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        CheckpointError, match=r"layers.1.self_attention.linear_qkv.weight is made of tensors of"
-    ):
+    with pytest.raises(CheckpointError, match=rf"layers.1.{parameter}.weight is made of tensors of"):
         write_megatron(view_of(CheckpointReader(folder)), initialize(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
