@@ -32,7 +32,7 @@ from megatron_spd.serving.vllm.rule import Parts, Step, SyncPointRule
 class BranchExpertsMethod(UnquantizedFusedMoEMethod):
     """Runs the experts of a rank with several ``branches`` as vLLM runs experts, each branch's part being one.
 
-    ``like``: vLLM's settings of the whole experts. Raises UserError for weights that it pads for its kernel.
+    ``like``: vLLM's settings of the whole experts. Raises UserError where its kernel pads them or chooses among them.
     """
 
     def __init__(self, like: Any, branches: int) -> None:
@@ -45,6 +45,8 @@ class BranchExpertsMethod(UnquantizedFusedMoEMethod):
         self.branches = branches
         if like.intermediate_size_per_partition != like.intermediate_size // like.tp_size:
             _refuse("pads the neurons of experts")
+        if self.is_monolithic:
+            _refuse("chooses experts inside its kernel")
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Split the loaded weights [E, 2 * F, h] (gate, up) and [E, h, F], F neurons on this rank, into those of the
@@ -57,8 +59,6 @@ class BranchExpertsMethod(UnquantizedFusedMoEMethod):
         layer.global_num_experts, layer.local_num_experts = self.moe.num_experts, self.moe.num_local_experts
         layer.intermediate_size_per_partition = self.moe.intermediate_size_per_partition
         super().process_weights_after_loading(layer)
-        if self.is_monolithic:
-            _refuse("chooses experts inside its kernel")
 
     def apply(
         self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *shared: Any, **by: Any

@@ -40,7 +40,7 @@ def follow_plan(layers: nn.ModuleList, plan: SPDPlan) -> None:
             layer.follow(plan, block)
 
 
-#: Of families whose layers are not Llama's but for the name.
+#: The rule of layers whose parts are not those of a Llama's.
 _RULES: dict[str, type[SyncPointRule]] = {
     "OPTDecoderLayer": OneTensorRule,
     "MixtralDecoderLayer": MixtralRule,
