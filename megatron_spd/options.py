@@ -58,6 +58,7 @@ LIMITS: dict[str, tuple[float, float | None]] = {
     "call_latency": (0, 60_000),
     "prompt_tokens": (1, None),
     "ranks_served": (2, None),
+    "save_every": (1, None),
 }
 
 
@@ -330,7 +331,7 @@ class TrainingOptions(CommonOptions):
     finish_recompute: bool = option(
         "in the last pass compute activations twice instead of keeping them", False
     )
-    zero_stage: Literal[0, 1, 2] = option("ZeRO stage", 0)
+    zero_stage: Literal[0, 1, 2, 3] = option("ZeRO stage", 0)
     dtype: DType = option("type of weights and activations in training", "fp32")
     tracking: Literal["wandb", "none"] = option(
         "Weights & Biases (offline unless configured) or none", "wandb"
@@ -354,7 +355,7 @@ class TrainingOptions(CommonOptions):
                 raise UserError(f"{flag(name)} is {getattr(self, name)}; it must be > 0")
         if self.dtype == "bf16" and self.zero_stage == 0 and self.deepspeed_config is None:
             # DeepSpeed then picks an optimizer whose gradient norm is wrong.
-            raise UserError("--dtype bf16 needs --zero-stage 1 or 2")
+            raise UserError("--dtype bf16 needs --zero-stage 1, 2 or 3")
 
 
 def flag(name: str) -> str:

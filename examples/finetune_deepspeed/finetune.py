@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_spd.distill.engine import EngineSettings, deepspeed_config, make_engine
+from megatron_spd.finetune.checkpoint import FinetuneCheckpoints, Progress, prepare_for_universal
 from megatron_spd.finetune.loss import NextTokenLoss
 from megatron_spd.finetune.script import FinetuneOptions, Session, run_script
 from megatron_spd.layers.norm import sum_gradients_in_backward
@@ -28,6 +29,8 @@ class Options(FinetuneOptions):
     zero_stage: int = option("ZeRO stage", 1)
     gradient_clipping: float = option("greatest norm of a step's gradient", 1.0)
     deepspeed_config: str | None = option("ds_config.json; what it sets wins over the options", None)
+    checkpoint: str | None = option("folder of checkpoints, from which the same command goes on", None)
+    save_every: int = option("steps from one checkpoint to the next", 100)
 
 
 def finetune(arguments: Sequence[str]) -> dict[str, Any]:
@@ -36,15 +39,18 @@ def finetune(arguments: Sequence[str]) -> dict[str, Any]:
     session = options.start()
     # DeepSpeed does not know which gradients sequence parallelism leaves partial.
     sum_gradients_in_backward(session.model, session.runtime.tp_group)
-    engine = make_engine(
-        NextTokenLoss(session.model, session.runtime, session.vocab_size),
-        deepspeed_config(settings_of(options, session), options.steps),
-    )
-    before = held_out_loss(engine, session)
-    losses = [step(engine, batch, options.micro_batch_size, session) for batch in session.batches]
-    after = held_out_loss(engine, session)
+    module = NextTokenLoss(session.model, session.runtime, session.vocab_size)
+    prepare_for_universal(module)
+    config = deepspeed_config(settings_of(options, session), options.steps)
+    checkpoints = checkpoints_of(options, session, config)
+    engine = make_engine(module, checkpoints.adapt(config))
+    progress = checkpoints.resume(engine) or Progress(held_out_loss(engine, session))
+    for batch in session.batches[len(progress.losses) :]:
+        progress.losses.append(step(engine, batch, options.micro_batch_size, session))
+        checkpoints.save_if_due(engine, progress)
+    before, after = progress.loss_before, held_out_loss(engine, session)
     session.export(options.out, options.facts("deepspeed", before, after))
-    return {"losses": losses, "loss_before": before, "loss_after": after, "out": options.out}
+    return {"losses": progress.losses, "loss_before": before, "loss_after": after, "out": options.out}
 
 
 def settings_of(options: Options, session: Session) -> EngineSettings:
@@ -59,6 +65,13 @@ def settings_of(options: Options, session: Session) -> EngineSettings:
         dtype=options.dtype,
         config_file=options.deepspeed_config,
     )
+
+
+def checkpoints_of(options: Options, session: Session, config: dict[str, Any]) -> FinetuneCheckpoints:
+    names = ("optimizer", "scheduler", "gradient_clipping", "zero_optimization")
+    identity = options.identity(session.plan) | {name: config.get(name) for name in names}
+    branches = session.plan.branches
+    return FinetuneCheckpoints(options.checkpoint, options.save_every, identity, branches, session.runtime)
 
 
 def step(engine: Any, tokens: Tensor, micro_batch: int, session: Session) -> float:

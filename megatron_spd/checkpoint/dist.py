@@ -29,6 +29,7 @@ from torch.distributed.checkpoint import (
     WriteItem,
 )
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -40,7 +41,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_spd.checkpoint.megatron_names import canonical
 from megatron_spd.checkpoint.megatron_store import DIST_CONFIG
-from megatron_spd.checkpoint.unpickling import read_metadata
+from megatron_spd.checkpoint.unpickling import check_object, load_state, read_metadata
 from megatron_spd.errors import CheckpointError
 
 METADATA_FILE, COMMON_FILE = ".metadata", "common.pt"
@@ -133,6 +134,17 @@ class DistStore:
     def load(self, name: str, rank: int = 0) -> Tensor:
         parts = [self._load(place) for place in self._places[name]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def check_objects(self) -> None:
+        """Look through the pickled objects that Megatron-core loads with a model: extra states, and from 0.19 on what
+        older versions keep in ``common.pt``. Raises CheckpointError, without running anything in them, where one is
+        more than data."""
+        for index, place in self._metadata.storage_data.items():
+            stored = self._metadata.state_dict_metadata.get(index.fqn)
+            if isinstance(stored, BytesStorageMetadata) and not index.fqn.startswith(_OTHER_STATE):
+                check_object(*_content(self.folder, place))
+        if (self.folder / COMMON_FILE).exists():
+            load_state(self.folder / COMMON_FILE)
 
     def _empty(self, place: _Place, device: torch.device) -> Tensor:
         stored = self._tensors[place.key]
@@ -240,6 +252,16 @@ def _places(tensors: Mapping[str, TensorStorageMetadata]) -> dict[str, list[_Pla
             others = places.get(canonical(spelled), []) if name != key else []
             places[canonical(spelled)] = [*others, _Place(key, index)]
     return {name: sorted(found, key=lambda p: p.key.endswith("_v")) for name, found in places.items()}
+
+
+def _content(folder: Path, place: Any) -> tuple[Path, bytes]:
+    """The file that holds an object, and its bytes; fewer than there should be where they are not there."""
+    file = folder / place.relative_path
+    if file.parent != folder or not file.is_file():
+        raise CheckpointError(f"{folder} lacks {place.relative_path}; copy it there")
+    with file.open("rb") as stream:
+        stream.seek(place.offset)
+        return file, stream.read(place.length)
 
 
 def _unstacked(name: str, size: torch.Size) -> list[tuple[str, tuple[int, ...]]]:

@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_spd.checkpoint.dist import COMMON_FILE, DistStore, Stacked, write_dist
+from megatron_spd.checkpoint.dist import DistStore, Stacked, write_dist
 from megatron_spd.checkpoint.folders import atomic_folder, copy_side_files
 from megatron_spd.checkpoint.megatron import SOURCE_FILE, MegatronReader
 from megatron_spd.checkpoint.megatron_names import FIRST_ROWS, POSITIONS, canonical, split_layer_name
 from megatron_spd.checkpoint.megatron_store import TRACKER, find_checkpoint, is_dist
-from megatron_spd.checkpoint.unpickling import load_state
 from megatron_spd.checkpoint.view import ModelView, stored_plan
 from megatron_spd.errors import CheckpointError, PlanError
 from megatron_spd.models.build import ModelShape, build_gpt_model
@@ -92,7 +93,7 @@ def load_model(model: GPTModel, plan: SPDPlan, runtime: Runtime, folder: Path) -
         raise CheckpointError(f"{found} is no torch_dist checkpoint; convert it with `megatron-spd convert`")
     # Megatron-core unpickles what it reads: only after these have looked through it.
     store = DistStore(found)
-    load_state(found / COMMON_FILE)
+    store.check_objects()
     _check_plan(plan, found)
     layout = {"non_homogeneous_layers": not store.stacked, "singleton_local_shards": store.apart}
     wanted = model.sharded_state_dict(metadata=_layout(runtime) | layout)
@@ -107,6 +108,12 @@ def load_model(model: GPTModel, plan: SPDPlan, runtime: Runtime, folder: Path) -
         reason, _ = next(iter(error.failures.values()))
         raise CheckpointError(
             f"{found} does not fit the model: {' '.join(str(reason).split())[:200]}"
+        ) from None
+    except CheckpointingException as error:
+        # 0.16 reads no checkpoints of 0.19.
+        raise CheckpointError(
+            f"Megatron-core {megatron_version} cannot load {found}: {' '.join(str(error).split())[:200]}; if a newer "
+            "one saved it, load it with that, or convert it with `megatron-spd convert`"
         ) from None
     model.load_state_dict(
         {name: value for name, value in state.items() if isinstance(value, Tensor)}, strict=False

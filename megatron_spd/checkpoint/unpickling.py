@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,23 +115,38 @@ def read_metadata(file: Path) -> Metadata:
 def load_state(file: Path) -> dict[str, Any]:
     """What ``torch.save`` wrote to ``file``, tensors memory-mapped where the file allows. Only tensors, plain
     containers and ``argparse.Namespace`` are made; raises CheckpointError for anything else in it."""
-    allowed: list[Any] = [argparse.Namespace, *((Ignored, name) for name in _IGNORED)]
+
+    def load() -> Any:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # Files of before PyTorch 1.6 cannot be mapped.
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+    state = _restricted(file, load)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file} holds a {type(state).__name__}, expected the state of a model")
+    return state
+
+
+def check_object(file: Path, content: bytes) -> None:
+    """Raise CheckpointError where ``content``, which ``torch.save`` wrote into a part of ``file``, is more than what
+    :func:`load_state` makes, or a stream of bytes (Transformer Engine's extra states). Nothing of it is run."""
+    _restricted(file, lambda: torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+
+
+def _restricted(file: Path, load: Callable[[], Any]) -> Any:
+    """``load()``, a restricted ``torch.load``, with what Megatron's files hold beside weights."""
+    allowed: list[Any] = [argparse.Namespace, io.BytesIO, *((Ignored, name) for name in _IGNORED)]
     try:
         with _only_globals(allowed):
-            try:
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:
-                # Files of before PyTorch 1.6 cannot be mapped.
-                state = torch.load(file, map_location="cpu", weights_only=True)
+            return load()
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(file, error)) from None
     except Exception as error:
         raise CheckpointError(
             f"{file} is truncated or no checkpoint file ({type(error).__name__}); copy it again"
         ) from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{file} holds a {type(state).__name__}, expected the state of a model")
-    return state
 
 
 @contextlib.contextmanager

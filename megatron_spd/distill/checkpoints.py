@@ -1,10 +1,11 @@
-"""Checkpoints of a training that is not over: DeepSpeed's own, with the best state and the curves beside it."""
+"""Checkpoints of a training that is not over: DeepSpeed's own, with what else the training needs beside them."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from megatron_spd.runtime.distributed import Runtime
 _SAVE_EVERY, _COST = 120.0, 30.0
 
 
-class Checkpoints:
-    """The last checkpoint of one training in ``folder``.
+class EngineCheckpoints:
+    """The last checkpoint of one DeepSpeed engine in ``folder``.
 
     Every checkpoint is a new folder; the file ``latest.json`` names the one that counts and is renamed into place when
     all ranks have written. Older ones are removed after that.
@@ -27,6 +28,50 @@ class Checkpoints:
 
     def __init__(self, folder: Path, runtime: Runtime) -> None:
         self.folder, self.runtime = folder, runtime
+        #: M and the replicas, which a checkpoint must be of to fit.
+        self.ranks = [runtime.tp_size, runtime.dp_size]
+
+    def save(
+        self, engine: Any, step: int, state: dict[str, Any], beside: Callable[[Path], None] | None = None
+    ) -> None:
+        """Save ``engine`` after ``step`` steps, with ``state`` (JSON): a collective of all ranks. ``beside`` may write
+        further files into the checkpoint's folder, on every rank."""
+        tag = f"step_{step:08d}"
+        engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+        if beside is not None:
+            beside(self.folder / tag)
+        self.runtime.barrier()
+        if self.runtime.is_main:
+            latest = {"tag": tag, "ranks": self.ranks, **state}
+            write_text_atomic(self.folder / "latest.json", json.dumps(latest))
+            for old in self.folder.glob("step_*"):
+                if old.name != tag:
+                    shutil.rmtree(old)
+
+    def latest(self) -> dict[str, Any] | None:
+        """What :meth:`save` was given as ``state`` last, with ``tag`` (the name of the folder) and ``ranks``, on every
+        rank; None if there is no checkpoint."""
+        path, state = self.folder / "latest.json", None
+        if self.runtime.is_main and path.is_file():
+            state = json.loads(path.read_text(encoding="utf-8"))
+        return self.runtime.from_main(state)
+
+    def load(self, engine: Any, tag: str) -> None:
+        """Put the checkpoint ``tag`` into a fresh ``engine``."""
+        engine.load_checkpoint(str(self.folder), tag=tag, load_module_strict=False)
+
+    def remove(self) -> None:
+        """Remove everything, at the end of the training."""
+        self.runtime.barrier()
+        if self.runtime.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Checkpoints:
+    """The last checkpoint of one training loop in ``folder``, with its best state and its curves."""
+
+    def __init__(self, folder: Path, runtime: Runtime) -> None:
+        self.store, self.runtime = EngineCheckpoints(folder, runtime), runtime
         self._saved, self._pause = time.monotonic(), _SAVE_EVERY
 
     def save_if_due(self, loop: TrainingLoop) -> None:
@@ -40,54 +85,36 @@ class Checkpoints:
 
     def save(self, loop: TrainingLoop) -> None:
         """Save the state of ``loop`` and its engine: a collective of all ranks."""
-        tag = f"step_{len(loop.losses):08d}"
-        loop.engine.save_checkpoint(
-            str(self.folder), tag=tag, save_latest=False, exclude_frozen_parameters=True
-        )
-        if self.runtime.dp_rank == 0:
-            tensors = {name: t.contiguous() for name, t in loop.best.tensors.items()}
-            save_file(tensors, self._best(tag))
-        self.runtime.barrier()
-        if self.runtime.is_main:
-            state = {
-                "tag": tag,
-                "ranks": self._ranks(),
-                "losses": loop.losses,
-                "held_out": loop.held_out,
-                "best_step": loop.best.step,
-                "best_loss": loop.best.loss,
-            }
-            write_text_atomic(self.folder / "latest.json", json.dumps(state))
-            for old in self.folder.glob("step_*"):
-                if old.name != tag:
-                    shutil.rmtree(old)
+
+        def best_state(folder: Path) -> None:
+            if self.runtime.dp_rank == 0:
+                tensors = {name: t.contiguous() for name, t in loop.best.tensors.items()}
+                save_file(tensors, folder / self._best)
+
+        state = {
+            "losses": loop.losses,
+            "held_out": loop.held_out,
+            "best_step": loop.best.step,
+            "best_loss": loop.best.loss,
+        }
+        self.store.save(loop.engine, len(loop.losses), state, best_state)
 
     def load(self, loop: TrainingLoop) -> None:
         """Put the last checkpoint into ``loop`` and its fresh engine. Nothing happens if there is none, or if it is of
         another number of ranks, whose parts do not fit: the training then starts again."""
-        state = self.runtime.from_main(self._state() if self.runtime.is_main else None)
-        if state is None:
+        state = self.store.latest()
+        if state is None or state["ranks"] != self.store.ranks:
             return
-        loop.engine.load_checkpoint(str(self.folder), tag=state["tag"], load_module_strict=False)
+        self.store.load(loop.engine, state["tag"])
         loop.losses = state["losses"]
         loop.held_out = state["held_out"]
-        loop.best.resume(state["best_step"], state["best_loss"], load_file(self._best(state["tag"])))
+        best = load_file(self.store.folder / state["tag"] / self._best)
+        loop.best.resume(state["best_step"], state["best_loss"], best)
 
     def remove(self) -> None:
         """Remove everything, at the end of the training."""
-        self.runtime.barrier()
-        if self.runtime.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self.store.remove()
 
-    def _state(self) -> dict[str, Any] | None:
-        latest = self.folder / "latest.json"
-        if not latest.is_file():
-            return None
-        state = json.loads(latest.read_text(encoding="utf-8"))
-        return state if state["ranks"] == self._ranks() else None
-
-    def _ranks(self) -> list[int]:
-        return [self.runtime.tp_size, self.runtime.dp_size]
-
-    def _best(self, tag: str) -> Path:
-        return self.folder / tag / f"best_{self.runtime.tp_rank:02d}.safetensors"
+    @property
+    def _best(self) -> str:
+        return f"best_{self.runtime.tp_rank:02d}.safetensors"

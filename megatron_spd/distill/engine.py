@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_spd.errors import UserError
+from megatron_spd.layers.block import SPDTransformerLayer
 from megatron_spd.runtime.cpu import keep_freed_memory, without_compiled_collectives
 
 #: Most elements that DeepSpeed reduces at a time under ZeRO, its own default.
@@ -71,13 +75,11 @@ def deepspeed_config(settings: EngineSettings, steps: int) -> dict[str, Any]:
     }
     config = _overlay(config, _read(settings.config_file))
     stage, bf16 = config["zero_optimization"].get("stage", 0), config["bf16"].get("enabled")
-    if stage not in (0, 1, 2):
-        raise UserError(
-            f"ZeRO stage {stage} was asked for; block-to-block distillation runs with stage 0, 1 or 2"
-        )
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"ZeRO stage {stage} was asked for; the stages are 0, 1, 2 and 3")
     if bf16 and stage == 0:
         raise UserError(
-            "bf16 with ZeRO stage 0 was asked for; use --zero-stage 1 or 2 with bf16, or --dtype fp32"
+            "bf16 with ZeRO stage 0 was asked for; use --zero-stage 1, 2 or 3 with bf16, or --dtype fp32"
         )
     if bool(bf16) != (settings.dtype == "bf16"):
         raise UserError(
@@ -131,6 +133,48 @@ def model_parallel_unit() -> SimpleNamespace:
     return mpu
 
 
+@contextlib.contextmanager
+def whole(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
+    """Inside, ``parameters`` are whole on every rank also under ZeRO-3, which spreads them over the replicas: then a
+    collective of these. ``write``: they are changed inside, on all replicas alike."""
+    spread = [p for p in parameters if hasattr(p, "ds_id")]
+    if not spread:
+        yield
+        return
+    import deepspeed
+
+    first = dist.get_global_rank(parallel_state.get_data_parallel_group(), 0) if write else None
+    with deepspeed.zero.GatheredParameters(spread, modifier_rank=first):
+        yield
+
+
+def use_outside(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Say that ``module``'s forward uses ``parameter``, which another module has: ZeRO-3 then gathers it for both."""
+    import deepspeed
+
+    deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def _gather_layer_by_layer(student: nn.Module) -> None:
+    """Let ZeRO-3 gather an SPD layer's parameters all together when the layer begins.
+
+    By itself it gathers those of each module when that module is called, and the layer uses some (norms, output biases)
+    outside of their modules. Gradients are then averaged when that of the layer's input is there: one is asked for
+    also where nothing in front of the layer trains.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    def want_gradient(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *others = inputs
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return x, *others
+
+    for layer in set_z3_leaf_modules(student, [SPDTransformerLayer], raise_if_not_found=False):
+        if any(p.requires_grad for p in layer.parameters()):
+            layer.register_forward_pre_hook(want_gradient)
+
+
 def make_engine(student: nn.Module, config: dict[str, Any]) -> Any:
     """A DeepSpeed engine that trains every parameter of ``student`` that requires a gradient."""
     import deepspeed
@@ -148,6 +192,8 @@ def make_engine(student: nn.Module, config: dict[str, Any]) -> Any:
         # DeepSpeed makes its buffer as large as it may be, also for a unit of few parameters.
         size = min(BUCKET, sum(p.numel() for p in trainable))
         config = config | {"zero_optimization": {"reduce_bucket_size": size} | zero}
+    if zero.get("stage") == 3:
+        _gather_layer_by_layer(student)
     engine, *_ = deepspeed.initialize(
         model=student,
         model_parameters=trainable,

@@ -27,7 +27,7 @@ from megatron_spd.calibration.stream import BlockStreamer, BlockWeights
 from megatron_spd.comm.all_reduce import all_reduce
 from megatron_spd.distill.batches import example_order, replica_batches
 from megatron_spd.distill.checkpoints import Checkpoints
-from megatron_spd.distill.engine import deepspeed_config, make_engine
+from megatron_spd.distill.engine import deepspeed_config, make_engine, use_outside
 from megatron_spd.distill.gather import full_block
 from megatron_spd.distill.kl import vocabulary_parallel_kl
 from megatron_spd.distill.loop import BestState, TrainingLoop
@@ -108,6 +108,7 @@ class _Student(nn.Module):
         tied = model.share_embeddings_and_output_weights
         table = model.embedding.word_embeddings.weight if tied else model.output_layer.weight
         self._table = [table]  # in a list: the parameter has its name already
+        use_outside(self, table)
         self._rows = vocabulary_rows(len(table), shape.hf_config["vocab_size"], runtime)
 
     def forward(self, tokens: Tensor, teacher: Tensor) -> Tensor:
@@ -146,8 +147,7 @@ class _Pass:
         self.micro_batch = settings.batching()[0]
         self.training = len(tokens) - settings.held_out_count(len(tokens))
         self.steps = self._batches()
-        #: This replica's share of what judges.
-        self.judges = torch.arange(self.training, len(tokens))[self.runtime.dp_rank :: self.runtime.dp_size]
+        self.judges = self._judges()
         #: Streamed answers of the plain model [s, h] on the CPU, by sequence.
         self.states: dict[int, Tensor] = {}
         self.names: dict[int, list[str]] = {}
@@ -157,6 +157,15 @@ class _Pass:
         count = self.settings.examples(self.training, self.tokens.shape[1])
         order = example_order(self.training, count, self.settings.seed * 1_000_003 + self.plan.num_layers)
         return replica_batches(order, self.settings, self.runtime.dp_rank, self.runtime.dp_size)
+
+    def _judges(self) -> list[tuple[Tensor, int]]:
+        """This replica's micro-batches of what judges, each with its weight. All replicas have equally many, so that
+        ZeRO-3 may gather weights in each: one that has nothing left looks at the last sequence for nothing."""
+        held_out, size = torch.arange(self.training, len(self.tokens)), self.runtime.dp_size
+        own = held_out[self.runtime.dp_rank :: size].split(self.micro_batch)
+        batches = [(batch, len(batch)) for batch in own if len(batch)]
+        missing = -(-len(held_out) // (size * self.micro_batch)) - len(batches)
+        return batches + [(held_out[-1:], 0)] * missing
 
     def _answers(self, sequences: Tensor) -> Tensor:
         """The plain model's states behind its last block [s, b, h] for ``sequences`` [b] of this replica.
@@ -193,8 +202,7 @@ class _Pass:
 
     def run(self, store: FinishStore) -> dict[str, Any]:
         """Train, and leave the best state's blocks in ``store`` if it is not the first; the rest of the record."""
-        if len(self.judges):  # a replica may have nothing to judge
-            self._stream_ahead(self.judges)
+        self._stream_ahead(torch.cat([batch for batch, _ in self.judges]))
         before = self._held_out_kl()
         if not math.isfinite(before):
             raise UserError(
@@ -221,9 +229,9 @@ class _Pass:
             seconds -= time.monotonic() - self.started
         loop.run(self.steps, seconds, lambda: checkpoints.save_if_due(loop))
         best.restore()
-        engine.destroy()
         if best.step:
             self._save_blocks(store)
+        engine.destroy()
         checkpoints.remove()
         gc.collect()
         return {
@@ -245,10 +253,9 @@ class _Pass:
         """Mean over what judges; replicas share it."""
         self.student.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
-        # A replica may have nothing to judge.
-        for batch in filter(len, self.judges.split(self.micro_batch)):
+        for batch, weight in self.judges:
             kl = self.student(*self._examples(batch)).double()
-            total += torch.stack([kl, torch.ones_like(kl)]) * len(batch)
+            total += torch.stack([kl, torch.ones_like(kl)]) * weight
         summed, count = all_reduce(total, self.runtime.dp_group).tolist()
         # The ranks must agree to the bit on what is best.
         return self.runtime.from_main(summed / count)

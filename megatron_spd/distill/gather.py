@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_spd.distill.engine import whole
 from megatron_spd.models.build import ModelShape, layer_shard
 from megatron_spd.models.weights import unshard_block
 from megatron_spd.runtime.distributed import Runtime
@@ -17,9 +18,12 @@ def full_block(
     layer: nn.Module, names: Iterable[str], shape: ModelShape, branches: int, runtime: Runtime
 ) -> dict[str, Tensor]:
     """A Megatron-core layer's weights, made for G = ``branches``, under their Hugging Face ``names``, on the CPU of the
-    first rank of a replica (empty elsewhere), gathered tensor by tensor: a collective of the replica."""
+    first rank of a replica (empty elsewhere), gathered tensor by tensor: a collective of the replica, under ZeRO-3 of
+    all replicas."""
+    with whole(layer.parameters()):
+        shards = layer_shard(layer, names, shape, runtime)
     full: dict[str, Tensor] = {}
-    for name, tensor in layer_shard(layer, names, shape, runtime).items():
+    for name, tensor in shards.items():
         tensor = tensor.contiguous()
         if runtime.tp_size == 1 or shape.family.tensor(name).dim is None:
             parts = [tensor]

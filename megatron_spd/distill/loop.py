@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_spd.comm.all_reduce import all_reduce
+from megatron_spd.distill.engine import whole
 from megatron_spd.distill.tracking import Tracker
 from megatron_spd.progress import progress_bar
 from megatron_spd.runtime.distributed import Runtime
@@ -33,7 +34,7 @@ class BestState:
     def offer(self, step: int, loss: float) -> None:
         """Take the model's state after ``step`` steps if its ``loss`` is below the best (NaN never is)."""
         if loss < self.loss:
-            self.resume(step, loss, {n: p.detach().to("cpu", copy=True) for n, p in self._parameters.items()})
+            self.resume(step, loss, {n: _copy(p) for n, p in self._parameters.items()})
 
     def resume(self, step: int, loss: float, tensors: dict[str, Tensor]) -> None:
         """Go on from a best state found earlier."""
@@ -43,7 +44,14 @@ class BestState:
     def restore(self) -> None:
         """Put the best state back into the model; nothing happens if there is none but the initial one."""
         for name, tensor in self.tensors.items():
-            self._parameters[name].copy_(tensor)
+            with whole([self._parameters[name]], write=True):
+                self._parameters[name].copy_(tensor)
+
+
+def _copy(parameter: nn.Parameter) -> Tensor:
+    """The whole ``parameter`` on the CPU."""
+    with whole([parameter]):
+        return parameter.detach().to("cpu", copy=True)
 
 
 class TrainingLoop:

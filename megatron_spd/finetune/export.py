@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_spd.calibration.stream import model_shape
 from megatron_spd.checkpoint.export import export, planned_tensors
 from megatron_spd.checkpoint.hf import CheckpointReader
+from megatron_spd.distill.engine import whole
 from megatron_spd.distill.gather import full_block
 from megatron_spd.errors import UserError
 from megatron_spd.layers.spec import pipeline_plan, stage_blocks
@@ -34,8 +35,10 @@ def export_trained(
     plan = pipeline_plan(model.config, plan, runtime.pp_group) if runtime.pp_group else plan
     plan = plan.with_provenance(finetune=facts, versions=package_versions())
     problem = None
-    if runtime.dp_rank == 0:
-        weights = _Weights(reader, plan, model, runtime)
+    weights = _Weights(reader, plan, model, runtime)
+    if runtime.dp_rank != 0:
+        weights.lend()
+    else:
         weights.collect_outer()
         try:
             if runtime.is_main:
@@ -72,14 +75,25 @@ class _Weights:
         stage = next(i for i, end in enumerate(self.ends) if block < end)
         full: dict[str, Tensor] = {}
         if stage == self.runtime.pp_rank:
-            layer = self.model.decoder.layers[block - self.mine.start]
-            full = full_block(layer, shapes, self.shape, self.plan.branches, self.runtime)
+            full = full_block(self._layer(block), shapes, self.shape, self.plan.branches, self.runtime)
         return {name: self._to_main(full.get(name), shape, stage) for name, shape in shapes.items()}
 
     def collect_others(self) -> None:
         """Take part in sending the blocks that :meth:`block` was not called for."""
         for block in range(self.next, self.plan.num_layers):
             self.block(block)
+
+    def lend(self) -> None:
+        """On the other replicas: give the first one what ZeRO-3 has put here, in the order in which it asks."""
+        own = outer_parameters(self.model, self.reader.family)
+        lent = [[parameter] for parameter in own.values()]
+        lent += [list(self._layer(block).parameters()) for block in self.mine]
+        for parameters in lent:
+            with whole(parameters):
+                pass
+
+    def _layer(self, block: int) -> nn.Module:
+        return self.model.decoder.layers[block - self.mine.start]
 
     def collect_outer(self) -> None:
         """Fill ``outer`` with what belongs to no block."""
@@ -89,7 +103,8 @@ class _Weights:
             shape, stage = reader.shape(entry.name), 0 if entry.in_front else last
             full = None
             if stage == self.runtime.pp_rank:
-                part = own[entry].detach()
+                with whole([own[entry]]):
+                    part = own[entry].detach()
                 full = self._joined(part)[: shape[0]] if entry.vocabulary else part
                 if entry.offset:
                     full = torch.cat([reader.get(entry.name)[: entry.offset].to(full), full])

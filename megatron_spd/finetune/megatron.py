@@ -80,7 +80,6 @@ class MegatronTrainer:
         )
         # Sums over replicas, of what sequence parallelism leaves partial, and of tied tables of two stages.
         self.config.finalize_model_grads_func = finalize_model_grads
-        self.config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, tokens: Tensor, micro_batch: int = 1) -> float:
         """One optimizer step on this replica's ``tokens`` [n, s + 1], ``micro_batch`` sequences at a time: the mean
@@ -104,16 +103,22 @@ class MegatronTrainer:
         check_batch(
             tokens, micro_batch, self.config.tensor_model_parallel_size, self.config.sequence_parallel
         )
-        with cuda_on_cpu():
-            losses = get_forward_backward_func()(
-                forward_step_func=self._forward,
-                data_iterator=iter(tokens.to(self.runtime.device).split(micro_batch)),
-                model=[self.model],
-                num_microbatches=len(tokens) // micro_batch,
-                seq_length=tokens.shape[1] - 1,
-                micro_batch_size=micro_batch,
-                forward_only=forward_only,
-            )
+        # Not for longer: the distributed optimizer holds the parameters' autograd nodes and those hold the model, which
+        # the garbage collector does not see. With a way from the model to the optimizer neither would ever be freed.
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        try:
+            with cuda_on_cpu():
+                losses = get_forward_backward_func()(
+                    forward_step_func=self._forward,
+                    data_iterator=iter(tokens.to(self.runtime.device).split(micro_batch)),
+                    model=[self.model],
+                    num_microbatches=len(tokens) // micro_batch,
+                    seq_length=tokens.shape[1] - 1,
+                    micro_batch_size=micro_batch,
+                    forward_only=forward_only,
+                )
+        finally:
+            self.config.grad_scale_func = None
         return self._mean(losses)
 
     def _forward(self, data: Iterator[Tensor], model: torch.nn.Module) -> tuple[Tensor, Any]:

@@ -20,6 +20,7 @@ from megatron_spd.calibration.stream import model_shape
 from megatron_spd.calibration.text import read_text, token_batches
 from megatron_spd.checkpoint.folders import is_free
 from megatron_spd.checkpoint.hf import CheckpointReader
+from megatron_spd.distill.units import plan_mark
 from megatron_spd.errors import UserError
 from megatron_spd.finetune.export import export_trained
 from megatron_spd.models.build import DTYPES, build_gpt_model
@@ -131,6 +132,12 @@ class FinetuneOptions(ModelOptions, DataOptions):
         model = build_gpt_model(shape, plan, weights, reader.get, runtime, dtype, **settings)
         judges = held_out.chunk(runtime.dp_size)[runtime.dp_rank]
         return Session(reader, plan, runtime, model, list(self.batches(tokens, runtime)), judges)
+
+    def identity(self, plan: SPDPlan) -> dict[str, Any]:
+        """The options on which the trained weights depend."""
+        names = ("model", "data", "sequences", "seq_length", "steps", "batch_size", "learning_rate")
+        given = {name: getattr(self, name) for name in (*names, "weight_decay", "dtype", "seed")}
+        return given | {"plan": plan_mark(plan)}
 
     def facts(self, engine: str, before: float, after: float) -> dict[str, Any]:
         """What the export's provenance says of the training: ``engine``, and held-out losses in nats."""

@@ -71,6 +71,13 @@ _ATTENTION_ARGUMENTS = (
 )
 
 
+def _output_bias(sublayer: Sublayer, linear: nn.Module) -> dict[str, Tensor]:
+    """The bias of a sublayer's last linear by its name among shared parameters; empty without one (Transformer
+    Engine's linears have an empty tensor there, which is no parameter)."""
+    own = dict(linear.named_parameters(recurse=False))
+    return {f"{sublayer}/output_bias": own["bias"]} if "bias" in own else {}
+
+
 class SPDTransformerLayer(TransformerLayer):
     """One block under ``schedule``. Its submodules must be those that ``spec.py`` makes: linears that return partial
     sums. ``branch_group``: the ranks that share this rank's branch, for M > G. Parameters beside those of the stock
@@ -101,10 +108,19 @@ class SPDTransformerLayer(TransformerLayer):
         if not wanted:
             return None
         size = (self.share.local, self.config.hidden_size)
-        vectors = nn.Parameter(self.self_attention.linear_proj.weight.new_full(size, value))
+        weight = self.self_attention.linear_proj.weight
+        # Not weight.new_full: Transformer Engine's weight may be an FP8 tensor.
+        vectors = nn.Parameter(torch.full(size, value, dtype=weight.dtype, device=weight.device))
         # Gradient norms count such a parameter on every rank, any other on the first: once for each branch.
         set_tensor_model_parallel_attributes(vectors, self.share.leads, 0, 1)
         return vectors
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Megatron-core's TransformerBlock names its arguments. Hooks, by which DeepSpeed's ZeRO-3 knows that the
+        layer's backward pass is over, see only what is given by position; CUDA graphs want the name."""
+        if "hidden_states" in kwargs and not hasattr(self, "cudagraph_manager"):
+            args = (kwargs.pop("hidden_states"), *args)
+        return super().__call__(*args, **kwargs)
 
     def forward(
         self,
@@ -138,12 +154,12 @@ class SPDTransformerLayer(TransformerLayer):
         }
         if self._sequence_parallel:
             return named | self._own_vectors()  # summed once per step, not in every backward pass
-        if self.schedule.drop_attention and self.self_attention.linear_proj.bias is not None:
-            named["attention/output_bias"] = self.self_attention.linear_proj.bias
+        if self.schedule.drop_attention:
+            named |= _output_bias("attention", self.self_attention.linear_proj)
         if isinstance(self.mlp, BranchMoE):
             named[_ROUTER] = self.mlp.router.weight
-        elif self.schedule.drop_mlp and self.mlp.linear_fc2.bias is not None:
-            named["mlp/output_bias"] = self.mlp.linear_fc2.bias
+        elif self.schedule.drop_mlp:
+            named |= _output_bias("mlp", self.mlp.linear_fc2)
         shared = dict(zip(named, share_parameters(list(named.values()), self.tp_group), strict=True))
         return shared | self.share.share(self._own_vectors())
 

@@ -23,19 +23,20 @@ _WHOLE = "average_gradients_across_tp_domain"
 
 
 class MarkedTorchNorm:
-    """Megatron-core's PyTorch norm for sequence parallelism.
+    """Megatron-core's PyTorch norm where ``WrappedTorchNorm`` refuses the config.
 
-    ``WrappedTorchNorm`` refuses it because nothing would sum the gradients of its weights. Here they carry the mark by
-    which Megatron-core's ``finalize_model_grads`` knows that it has to.
+    Sequence parallelism, because nothing would sum the gradients of its weights: here they carry the mark by which
+    Megatron-core's ``finalize_model_grads`` knows that it has to. ``persist_layer_norm``, Megatron-LM's default: it
+    names a kernel that PyTorch's norms do not have; they compute the same without it.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
-        """A ``torch.nn`` norm over ``hidden_size`` channels, its parameters marked."""
+        """A ``torch.nn`` norm over ``hidden_size`` channels, its parameters marked under sequence parallelism."""
         accepted = copy.copy(config)
-        accepted.sequence_parallel = False
+        accepted.sequence_parallel = accepted.persist_layer_norm = False
         norm = WrappedTorchNorm(config=accepted, hidden_size=hidden_size, eps=eps)
         for parameter in norm.parameters():
-            setattr(parameter, _PARTIAL, True)
+            setattr(parameter, _PARTIAL, config.sequence_parallel)
         return norm
 
 

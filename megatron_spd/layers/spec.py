@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_spd.collective import FULL
 from megatron_spd.errors import UserError
+from megatron_spd.layers import transformer_engine as te
 from megatron_spd.layers.attention import FusedCausalAttention
 from megatron_spd.layers.block import SPDTransformerLayer
 from megatron_spd.layers.linear import BranchColumnParallelLinear, PartialRowParallelLinear
@@ -29,7 +30,11 @@ from megatron_spd.runtime.branch_groups import branch_process_group
 
 
 def get_gpt_layer_spd_spec(
-    config: TransformerConfig, plan: SPDPlan, fused_attention: bool = False, vp_stage: int | None = None
+    config: TransformerConfig,
+    plan: SPDPlan,
+    fused_attention: bool = False,
+    vp_stage: int | None = None,
+    use_transformer_engine: bool = False,
 ) -> TransformerBlockSubmodules:
     """One layer spec per block of ``plan`` that this rank has: the stock spec where nothing is dropped, pending or
     low-bit, the SPD layer elsewhere.
@@ -37,7 +42,8 @@ def get_gpt_layer_spd_spec(
     ``config.tensor_model_parallel_size`` is M; each rank computes G / M branches, or a part of one with the other ranks
     of its branch (M > G: all ranks must call this, after Megatron-core's groups exist). ``fused_attention``: with
     :class:`FusedCausalAttention`, for evaluation and inference. ``vp_stage``: the model chunk, under interleaved
-    pipeline parallelism.
+    pipeline parallelism. ``use_transformer_engine``: with Transformer Engine's linears and attention, where it is
+    installed (one branch on a rank: M >= G); these specs have never run on a GPU.
 
     Between pipeline stages only X is sent: what is pending at a stage's end is synced there, so that a dropped MLP
     point becomes a kept one (with a warning, for the model then computes another function; see
@@ -61,7 +67,8 @@ def get_gpt_layer_spd_spec(
             stacklevel=2,
         )
     cut = plan.synced_behind({blocks.start - 1, blocks.stop - 1})
-    return block_submodules(config, [cut.block_schedule(i) for i in blocks], fused_attention)
+    schedules = [cut.block_schedule(i) for i in blocks]
+    return block_submodules(config, schedules, fused_attention, use_transformer_engine)
 
 
 def stage_blocks(config: TransformerConfig, vp_stage: int | None = None) -> range:
@@ -85,11 +92,15 @@ def pipeline_plan(config: TransformerConfig, plan: SPDPlan, group: ProcessGroup)
 
 
 def block_submodules(
-    config: TransformerConfig, schedules: list[BlockSchedule], fused_attention: bool = False
+    config: TransformerConfig,
+    schedules: list[BlockSchedule],
+    fused_attention: bool = False,
+    use_transformer_engine: bool = False,
 ) -> TransformerBlockSubmodules:
     """Specs for a run of blocks, one per schedule (a whole model, or the unit that is being distilled).
 
-    ``fused_attention``: with :class:`FusedCausalAttention`, for evaluation.
+    ``fused_attention``: with :class:`FusedCausalAttention`, for evaluation. ``use_transformer_engine``: as in
+    :func:`get_gpt_layer_spd_spec`.
     """
     _check_config(config)
     if config.sequence_parallel:
@@ -101,12 +112,32 @@ def block_submodules(
             f"experts with M = {config.tensor_model_parallel_size} ranks for G = {schedules[0].branches} branches are "
             "not supported; use M <= G"
         )
+    if use_transformer_engine:
+        te.check_transformer_engine(config, schedules, fused_attention)
+        return _transformer_engine_submodules(config, schedules)
     stock = _stock_spec(config)
     if fused_attention:
         stock = _with_attention(stock, core_attention=FusedCausalAttention)
     return TransformerBlockSubmodules(
         layer_specs=[stock if s.is_stock and not experts else _spd_spec(config, stock, s) for s in schedules],
         layer_norm=stock.submodules.input_layernorm,
+    )
+
+
+def _transformer_engine_submodules(
+    config: TransformerConfig, schedules: list[BlockSchedule]
+) -> TransformerBlockSubmodules:
+    """Blocks with nothing dropped are Megatron-core's own Transformer Engine layers. SPD layers have the frame of the
+    local layer, whose norms stand by themselves, and Transformer Engine's attention and linears."""
+    stock = te.stock_layer_spec(config)
+    if config.qk_layernorm:
+        stock = _with_attention(stock, q_layernorm=HeadNorm, k_layernorm=HeadNorm)
+    frame = _with_attention(_with_marked_norms(_stock_spec(config)), core_attention=te.TEDotProductAttention)
+    return TransformerBlockSubmodules(
+        layer_specs=[
+            stock if s.is_stock else _spd_spec(config, frame, s, transformer_engine=True) for s in schedules
+        ],
+        layer_norm=te.TENorm,
     )
 
 
@@ -126,7 +157,7 @@ def _check_config(config: TransformerConfig) -> None:
     if config.context_parallel_size > 1:
         raise UserError(
             f"context_parallel_size = {config.context_parallel_size}: Megatron-core's attention over a sequence that "
-            "ranks share is Transformer Engine's, and this spec is made of local modules; set it to 1"
+            "ranks share is Transformer Engine's, in which SPD layers have never run; set it to 1"
         )
 
 
@@ -183,7 +214,9 @@ def _with_attention(stock: ModuleSpec, **submodules: Any) -> ModuleSpec:
     )
 
 
-def _spd_spec(config: TransformerConfig, stock: ModuleSpec, schedule: BlockSchedule) -> ModuleSpec:
+def _spd_spec(
+    config: TransformerConfig, stock: ModuleSpec, schedule: BlockSchedule, transformer_engine: bool = False
+) -> ModuleSpec:
     branches = max(1, schedule.branches // config.tensor_model_parallel_size)
     # A single process keeps branches apart at a low-bit point too, to round them as G ranks would.
     alone = config.tensor_model_parallel_size == 1
@@ -191,9 +224,13 @@ def _spd_spec(config: TransformerConfig, stock: ModuleSpec, schedule: BlockSched
     mlp_apart = schedule.drop_mlp or (alone and schedule.mlp_collective != FULL)
 
     def column() -> ModuleSpec:
+        if transformer_engine:
+            return ModuleSpec(te.TEBranchColumnParallelLinear)
         return ModuleSpec(BranchColumnParallelLinear, params={"local_branches": branches})
 
     def row(per_branch: bool) -> ModuleSpec:
+        if transformer_engine:
+            return ModuleSpec(te.TEPartialRowParallelLinear)
         return ModuleSpec(
             PartialRowParallelLinear, params={"local_branches": branches, "per_branch": per_branch}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_spd.errors import UserError
 from megatron_spd.runtime.branch_groups import forget_branch_groups
@@ -133,12 +135,21 @@ def shutdown() -> None:
 
 
 def _close_model_parallel() -> None:
-    """Destroy Megatron-core's groups. It only forgets them, and each of some twenty keeps its threads running."""
+    """Destroy Megatron-core's groups. It only forgets them, and each of some twenty keeps its threads running for as
+    long as anything refers to it."""
     parallel_state.destroy_model_parallel()
     forget_branch_groups()
+    _drop_old_models()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+
+
+def _drop_old_models() -> None:
+    """Free models that nobody uses any more, and with them the groups that they refer to: rotary embeddings are kept
+    by a cache of Megatron-core's, the rest by cycles."""
+    RotaryEmbedding.forward.cache_clear()
+    gc.collect()
 
 
 def _device() -> torch.device:

@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_spd.calibration.stream import BlockWeights
+from megatron_spd.calibration.stream import BlockWeights, model_shape
 from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.distill.batches import example_order
-from megatron_spd.distill.engine import EngineSettings
+from megatron_spd.distill.engine import EngineSettings, deepspeed_config, make_engine
 from megatron_spd.distill.recipe import distill, units_to_train
 from megatron_spd.distill.settings import DistillSettings
 from megatron_spd.distill.tracking import Tracker
 from megatron_spd.distill.units import UnitStore, distilled_block
 from megatron_spd.grouping.permute import planned_weights
+from megatron_spd.models.build import BlockUnit
 from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import initialize
 from megatron_spd.stages import make_streamer, run_distillation
@@ -71,7 +72,9 @@ def settings(
 ) -> DistillSettings:
     """Every optimizer step sees the same four sequences, however they are cut, at a constant rate."""
     config = tmp / "ds.json"
-    config.write_text(json.dumps({"scheduler": None}))
+    # DeepSpeed would leave parameters as small as these whole on every rank.
+    zero = {"stage3_param_persistence_threshold": 0}
+    config.write_text(json.dumps({"scheduler": None, "zero_optimization": zero}))
     micro = 4 // (replicas * accumulation)
     engine = EngineSettings(RATE, micro, accumulation, 1.0, 0.0, 0.0, stage, dtype, str(config))
     return DistillSettings(engine, STEPS, **{"inputs": "teacher", "seed": SEED} | changes)
@@ -186,6 +189,8 @@ def check_blocks(out: Path, wanted_blocks: Blocks) -> None:
         # M > G: two ranks share a branch.
         (4, 4, 1, 0, "student"),
         (4, 4, 1, 1, "teacher"),
+        (2, 1, 1, 3, "student"),
+        (4, 2, 2, 3, "mixed"),
     ],
 )
 def test_equals_a_plain_loop(
@@ -203,6 +208,29 @@ def test_equals_a_plain_loop(
         assert record["held_out"][record["best_step"]] == [record["best_step"], record["loss_after"]]
     check_blocks(tmp_path / "out", blocks)
     assert distilled_block(tmp_path / "out", 3) is None
+
+
+def elements_under_zero_3(model: Path, given: DistillSettings) -> tuple[int, int, int]:
+    """After a step: elements of parameters that are whole on this rank, of its parts of them, and of the unit."""
+    runtime, reader, plan = initialize(1), CheckpointReader(model), make_plan(model)
+    student = BlockUnit(model_shape(reader), [plan.block_schedule(0)], runtime, torch.float32)
+    student.load_block(0, planned_weights(reader, plan)(0))
+    total = sum(p.numel() for p in student.parameters())
+    engine = make_engine(student, deepspeed_config(given.engine, 1))
+    engine.backward(engine(torch.ones(6, 2, SHAPE.hidden)).square().mean())
+    engine.step()
+    parameters = list(student.parameters())
+    engine.destroy()
+    return sum(p.numel() for p in parameters), sum(p.ds_tensor.numel() for p in parameters), total
+
+
+def test_zero_3_leaves_each_replica_its_part(model: Path, tmp_path: Path) -> None:
+    for whole, part, total in run_ranks(
+        2, elements_under_zero_3, model, settings(tmp_path, 2, accumulation=1, stage=3)
+    ):
+        assert whole == 0
+        # Each of twenty tensors at most is filled up to an even number.
+        assert total / 2 <= part <= total / 2 + 20
 
 
 def test_the_kinds_of_inputs_differ(model: Path) -> None:

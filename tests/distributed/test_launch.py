@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_spd.checkpoint.hf import CheckpointReader
 from megatron_spd.errors import RankDied, UserError
+from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.launch import RankFailed, free_port, launch
+from tests.command_line import answer
+from tests.models import make_llama
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = "tests.distributed.rank_program"
@@ -159,3 +165,45 @@ def test_wrong_options_under_the_launcher_are_one_line(tmp_path: Path) -> None:
         done.stderr.count("megatron-spd: error: the following arguments are required: --model, --plan, --out")
         == 1
     )
+
+
+def test_two_nodes_of_a_hostfile(tmp_path: Path) -> None:
+    """launch/distill.sh started on each of two nodes, which are this machine twice, a rank on each."""
+    model = make_llama(tmp_path / "model", heads=4, kv=4)
+    plan = SPDPlan.dense(CheckpointReader(model).base_model(), 2).with_drops([0])
+    plan.with_block(0, tier="SB", recovery="b2b").save(tmp_path / "plan.json")
+    # The scripts beside an environment that is there already.
+    root = tmp_path / "project"
+    for name in ("launch/distill.sh", "tools/distill.py"):
+        (root / name).parent.mkdir(parents=True)
+        shutil.copy(ROOT / name, root / name)
+    (root / "launch" / "env.sh").write_text("exit 0\n")
+    (tmp_path / "hosts").write_text("first slots=1\nsecond slots=1\n")
+    given = ["--model", model, "--plan", tmp_path / "plan.json", "--sequences", 4, "--seq-length", 16]
+    given += ["--epochs", 2, "--micro-batch-size", 1, "--tracking", "none"]
+    environment = os.environ | {
+        "HOSTFILE": str(tmp_path / "hosts"),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    script = ["bash", str(root / "launch" / "distill.sh"), *map(str, given), "--json", "--out"]
+    nodes = [
+        subprocess.Popen(
+            [*script, str(tmp_path / "out")],
+            env=environment | {"NODE_RANK": str(node)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
+    (first, errors), (second, more_errors) = (node.communicate(timeout=300) for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], errors + more_errors
+    (line,) = first.splitlines()  # of rank 0 alone
+    assert second == ""
+    (unit,) = json.loads(line)["units"]
+    (alone,) = answer("distill", *given, "--out", tmp_path / "alone")["units"]
+    assert unit["losses"] == pytest.approx(alone["losses"], rel=1e-3)

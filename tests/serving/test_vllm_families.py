@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_spd.errors import UserError
+from megatron_spd.plan import ROUTINGS, Routing
 from tests.families import make_model
 from tests.models import make_export
 from tests.serving.cases import NEW
@@ -42,3 +43,25 @@ def test_several_branches_on_a_rank(tmp_path: Path, case: str, ranks: int) -> No
     expected = transformers_tokens(model, PROMPTS, NEW)
     assert expected != transformers_tokens(base, PROMPTS, NEW)
     assert generate(model, ranks, [PROMPTS], NEW, tmp_path)["tokens"] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("case", "branches", "routing"), [("mixtral with a window", 4, "first"), ("qwen3_moe", 2, "branch")]
+)
+def test_experts_on_two_ranks(tmp_path: Path, case: str, branches: int, routing: Routing) -> None:
+    """Every pair of inputs, the same for all branches or not, and outputs, summed or not, that differs from vLLM's."""
+    base = make_model(case, tmp_path / "plain", **SIZES, head_dim=32)
+    texts = {}
+    for chosen in ROUTINGS:
+        model = make_export(
+            base,
+            tmp_path / chosen,
+            branches,
+            [0, 1, 3],
+            shifts=[(2, "mlp")],
+            norms=[(0, "mlp")],
+            routing=chosen,
+        )
+        texts[chosen] = transformers_tokens(model, PROMPTS, NEW)
+    assert texts["first"] != texts["branch"]
+    assert generate(tmp_path / routing, 2, [PROMPTS], NEW, tmp_path)["tokens"] == [texts[routing]]

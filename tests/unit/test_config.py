@@ -120,7 +120,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (PlanOptions, "--drop-ratio 0.5 --drop-count 3", "--drop-ratio and --drop-count exclude each other"),
         (PlanOptions, "--tau1 0.05", "--tau1 and --tau2 belong together"),
         (PlanOptions, "--tau1 5 --tau2 1", "--tau1 5.0 is above --tau2 1.0"),
-        (DistillOptions, "--dtype bf16", "--dtype bf16 needs --zero-stage 1 or 2"),
+        (DistillOptions, "--dtype bf16", "--dtype bf16 needs --zero-stage 1, 2 or 3"),
         (EvaluateOptions, "--dtype fp8", "invalid choice: 'fp8' (choose from 'fp32', 'bf16')"),
     ],
 )

@@ -30,7 +30,7 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 #: Who may import a framework.
 PLACES: dict[str, set[str]] = {
-    "deepspeed": {"runtime", "distill"},
+    "deepspeed": {"runtime", "distill", "finetune"},
     "megatron": {
         "runtime",
         "layers",

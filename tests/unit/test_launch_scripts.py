@@ -112,6 +112,29 @@ def test_distill_script_names_a_wrong_number_of_ranks(given: list[str]) -> None:
     )
 
 
+HOSTS = {
+    "no such file": (None, {}, "it must be a file with lines such as 'node1 slots=8'"),
+    "no slots": ("node1\n# node2 slots=4\n", {}, "it must be a file with lines such as 'node1 slots=8'"),
+    "no master": ("node1 slots=2\nnode2 slots=2\n", {"NODE_RANK": "1"}, "MASTER_ADDR is not set"),
+}
+
+
+@pytest.mark.parametrize(("text", "more", "message"), HOSTS.values(), ids=HOSTS.keys())
+def test_distill_script_names_a_wrong_hostfile(
+    tmp_path: Path, text: str | None, more: dict[str, str], message: str
+) -> None:
+    hosts = tmp_path / "hosts"
+    if text is not None:
+        hosts.write_text(text)
+    env = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "NODE_RANK")}
+    env |= {"HOSTFILE": str(hosts), **more}
+    script = ["bash", str(ROOT / "launch/distill.sh")]
+    done = subprocess.run(script, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert message in line
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_deepspeed_reads_its_files(path: Path) -> None:
     """The name says what the file sets; batch size and learning rate come from the command's options."""

@@ -48,14 +48,15 @@ def check_options(plan: SPDPlan, vllm_config: VllmConfig) -> None:
     hidden states between blocks, which are partial sums where a plan drops points."""
     ranks = vllm_config.parallel_config.tensor_parallel_size
     plan.check_ranks(ranks)
-    if family_of(plan.base_model.model_type).tables.experts:
-        raise UserError(
-            f"vLLM does not run the {plan.base_model.model_type} exports of this package: its experts take one routing "
-            "decision for all ranks; use transformers or Megatron-core"
-        )
     if all(plan.block_schedule(block).is_stock for block in range(plan.num_layers)):
         return
-    for given, option, instead in _refused(vllm_config):
+    experts = family_of(plan.base_model.model_type).tables.experts
+    if experts and ranks > plan.branches:
+        raise UserError(
+            f"experts with M = {ranks} ranks for G = {plan.branches} branches are not supported; serve with "
+            f"--tensor-parallel-size {plan.branches} or less"
+        )
+    for given, option, instead in _refused(vllm_config, experts):
         if given:
             raise UserError(
                 f"{option} does not work with an SPD model (points dropped or low-bit); {instead}"
@@ -67,8 +68,9 @@ def check_options(plan: SPDPlan, vllm_config: VllmConfig) -> None:
         )
 
 
-def _refused(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
-    """(whether it was given, the option, what to do) of options that the rule does not allow."""
+def _refused(vllm_config: VllmConfig, experts: bool) -> list[tuple[bool, str, str]]:
+    """(whether it was given, the option, what to do) of options that the rule does not allow, in a model with
+    ``experts`` or without."""
     parallel: Any = vllm_config.parallel_config
     speculative: Any = vllm_config.speculative_config
     return [
@@ -77,6 +79,16 @@ def _refused(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             speculative is not None and speculative.use_eagle(),
             "speculative decoding from hidden states",
             "use a draft model or n-grams",
+        ),
+        (
+            experts and parallel.enable_expert_parallel,
+            "--enable-expert-parallel",
+            "every rank holds a part of every expert",
+        ),
+        (
+            experts and parallel.data_parallel_size > 1,
+            "--data-parallel-size > 1 (which cuts experts further)",
+            "start several servers",
         ),
         (vllm_config.lora_config is not None, "--enable-lora", "merge the adapter before `megatron-spd run`"),
     ]

@@ -15,6 +15,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 
 from megatron_spd.plan import SPDPlan
 from megatron_spd.serving.vllm.checks import plan_of
+from megatron_spd.serving.vllm.experts import ExpertsRule, MixtralRule
 from megatron_spd.serving.vllm.rule import OneTensorRule, SyncPointRule
 
 
@@ -39,6 +40,13 @@ def follow_plan(layers: nn.ModuleList, plan: SPDPlan) -> None:
             layer.follow(plan, block)
 
 
+#: The rule of layers whose parts are not those of a Llama's.
+_RULES: dict[str, type[SyncPointRule]] = {
+    "OPTDecoderLayer": OneTensorRule,
+    "MixtralDecoderLayer": MixtralRule,
+    "Qwen3MoeDecoderLayer": ExpertsRule,
+}
+
 _made: dict[str, type] = {}
 
 
@@ -46,7 +54,7 @@ def _layer_class(stock: type[nn.Module]) -> type[nn.Module]:
     """vLLM's decoder layer ``stock`` under the rule."""
     name = f"SPD{stock.__name__}"
     if name not in _made:
-        rule = OneTensorRule if stock.__name__ == "OPTDecoderLayer" else SyncPointRule
+        rule = _RULES.get(stock.__name__, SyncPointRule)
         _made[name] = type(name, (rule, stock), {"__module__": __name__})
     return _made[name]
 

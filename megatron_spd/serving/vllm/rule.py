@@ -100,20 +100,22 @@ class SyncPointRule(nn.Module):
             None if schedule.drop_mlp else all_reduce_of(schedule.mlp_collective),
         )
         for step in self.attention_step, self.mlp_step:
-            self._prepare(step)
+            self._split(step)
+            self._add_vectors(step)
 
-    def _prepare(self, step: Step) -> None:
-        """Set the step's linears to give partial sums, by branch where branches differ, and add its vectors."""
-        module, column, row = (
-            getattr(self, step.parts.module),
-            *map(self._part, (step.parts.column, step.parts.row)),
-        )
+    def _split(self, step: Step) -> None:
+        """Set the step's linears to give partial sums, by branch where branches differ."""
+        column, row = map(self._part, (step.parts.column, step.parts.row))
         row.reduce_results = False
         row.skip_bias_add = True
         if self.branches > 1 and not step.plain_input:
             column.quant_method = BranchInputMethod(self.branches)
         if self.branches > 1 and step.all_reduce is None:
             row.quant_method = BranchOutputMethod(self.branches)
+
+    def _add_vectors(self, step: Step) -> None:
+        """Give the step its shift and branch norm."""
+        module = getattr(self, step.parts.module)
         size = (self.branches, getattr(self, step.parts.norm).weight.shape[-1])
         if step.shift:
             module.spd_shift = _branch_vectors(torch.zeros(size))
@@ -132,7 +134,10 @@ class SyncPointRule(nn.Module):
             return self.self_attn(positions=positions, hidden_states=z)
 
         hidden_states, residual = self._advance(self.attention_step, attention, hidden_states, residual)
-        return self._advance(self.mlp_step, self.mlp, hidden_states, residual)
+        return self._advance(self.mlp_step, self._run_mlp, hidden_states, residual)
+
+    def _run_mlp(self, z: Tensor) -> Tensor:
+        return self.mlp(z)
 
     def _advance(
         self,
@@ -156,7 +161,8 @@ class SyncPointRule(nn.Module):
             output = self._add_pending(output, hidden_states)
         if step.all_reduce is not None:
             output = step.all_reduce(output)
-        bias = self._part(step.parts.row).bias
+        # Experts have none.
+        bias = getattr(self._part(step.parts.row), "bias", None)
         return output, x if bias is None else x + bias
 
     def _part(self, names: tuple[str, ...]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -369,6 +370,33 @@ def test_mixed_dtypes_of_what_becomes_one_parameter(
         write_megatron(view_of(CheckpointReader(folder)), initialize(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+def with_object(folder: Path, out: Path, item: Any, common: bool) -> Path:
+    """A copy of a torch_dist folder with ``item`` among its objects, and with ``common.pt`` (as Megatron-core 0.16
+    writes) or without it (0.19)."""
+    out = shutil.copytree(folder, out)
+    store, held = DistStore(out / "release"), out / "release"
+    state: dict[str, Any] = {name: store.load(name) for name in store.names()}
+    for file in held.glob("*.distcp"):
+        file.unlink()
+    write_dist(held, state | {"common_state/shard_0_1": item}, state.__getitem__, {})
+    if not common:
+        (held / "common.pt").unlink()
+    return out
+
+
+def test_objects_are_looked_through_before_megatron_core_loads_them(written: Path, tmp_path: Path) -> None:
+    harmless = {"args": argparse.Namespace(lr=1.0), "state": io.BytesIO(b"x"), "none": [None]}
+    DistStore(with_object(written, tmp_path / "harmless", harmless, common=False) / "release").check_objects()
+    target = tmp_path / "hacked"
+    for common in (False, True):
+        bad = with_object(written, tmp_path / f"bad{common}", [Malicious(target)], common)
+        with pytest.raises(CheckpointError, match="could run code"):
+            DistStore(bad / "release").check_objects()
+        # Converting reads tensors only.
+        DistStore(bad / "release").load(FC1)
+    assert not target.exists()
 
 
 def test_a_live_model_takes_its_own_plan_only(spd: Path, written: Path, tmp_path: Path) -> None:

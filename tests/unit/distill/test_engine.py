@@ -53,7 +53,9 @@ def test_another_optimizer_replaces_ours_but_gets_the_rate(tmp_path: Path) -> No
     assert config["optimizer"] == {"type": "SGD", "params": {"lr": 1e-3, "momentum": 0.9}}
 
 
-@pytest.mark.parametrize("name", ["zero0_fp32", "zero1_fp32", "zero1_bf16", "zero2_bf16"])
+@pytest.mark.parametrize(
+    "name", ["zero0_fp32", "zero1_fp32", "zero1_bf16", "zero2_bf16", "zero3_fp32", "zero3_bf16"]
+)
 def test_the_shipped_files_are_accepted(name: str) -> None:
     path = Path(__file__).parents[3] / "launch" / "ds_config" / f"{name}.json"
     stage, dtype = int(name[4]), name.split("_")[1]
@@ -69,8 +71,8 @@ def test_the_shipped_files_are_accepted(name: str) -> None:
     [
         ("{", {}, "is not JSON"),
         ([1], {}, "an object was expected"),
-        ({"zero_optimization": {"stage": 3}}, {}, "stage 0, 1 or 2"),
-        ({}, {"dtype": "bf16"}, "use --zero-stage 1 or 2"),
+        ({"zero_optimization": {"stage": 4}}, {}, "the stages are 0, 1, 2 and 3"),
+        ({}, {"dtype": "bf16"}, "use --zero-stage 1, 2 or 3"),
         ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, {}, "make them agree"),
     ],
 )
