@@ -380,7 +380,7 @@ def with_object(folder: Path, out: Path, item: Any, common: bool) -> Path:
     state: dict[str, Any] = {name: store.load(name) for name in store.names()}
     for file in held.glob("*.distcp"):
         file.unlink()
-    write_dist(held, state | {"common_state/shard_0_1": item}, state.__getitem__, {})
+    write_dist(held, state | {"common_state/shard_0_1": item}, lambda name, _: state[name], {})
     if not common:
         (held / "common.pt").unlink()
     return out
