@@ -19,4 +19,6 @@ status=0
 "${parallel[@]}" --ignore tests/serving || status=$?
 # vLLM's ranks spin while they wait for each other: they get the cores for themselves.
 pytest --durations=10 tests/serving || status=$?
+# The same code with the other version of Megatron-core; the script alone runs all of its list.
+bash launch/test_megatron_versions.sh --short || status=$?
 exit "$status"

@@ -15,7 +15,14 @@ all=(
 )
 short=(
   tests/distributed/test_megatron_version.py
+  tests/distributed/test_spec.py::test_blocks_with_nothing_dropped_or_pending_are_stock
   "tests/distributed/test_block.py::test_every_variant[3-3-branch norms, biases and shifts]"
+  "tests/distributed/test_block.py::test_every_variant[6-2-recompute]"
+  "tests/distributed/test_families.py::test_megatron_model_is_the_formula[2-2-mixtral]"
+  tests/distributed/test_dist_checkpoint.py::test_a_live_model_is_saved
+  tests/distributed/test_dist_checkpoint.py::test_a_checkpoint_of_megatron_core_is_read
+  "tests/distributed/test_distill.py::test_equals_a_plain_loop[2-2-1-2-student]"
+  "tests/distributed/test_training.py::test_steps_are_those_of_one_process[tied-tp2 dp2, distributed optimizer]"
 )
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -15,6 +15,8 @@ all tensor-parallel ranks and reduce what the experts give.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -76,6 +78,7 @@ class BranchMoE(MegatronModule):
         per_branch: bool,
         one_router: bool,
         pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,  # newer versions of Megatron-core tell a layer's MLP more
     ) -> None:
         super().__init__(config)
         groups = pg_collection or get_default_pg_collection()

@@ -76,10 +76,14 @@ class TEPartialRowParallelLinear(TERowParallelLinear):
 def _mark(parameter: nn.Parameter, dim: int, stride: int) -> None:
     """Mark a parameter sharded over ``dim`` as Megatron-core's dense linears do: reduced over all data-parallel ranks,
     counted in gradient norms on every tensor-parallel rank."""
-    parameter.allreduce = True
-    parameter.tensor_model_parallel = True
-    parameter.partition_dim = dim
-    parameter.partition_stride = stride
+    marks = {
+        "allreduce": True,
+        "tensor_model_parallel": True,
+        "partition_dim": dim,
+        "partition_stride": stride,
+    }
+    for name, value in marks.items():
+        setattr(parameter, name, value)
 
 
 def stock_layer_spec(config: TransformerConfig) -> ModuleSpec:
