@@ -7,7 +7,9 @@ time-out or an error in a collective ends the whole pool, and the next call star
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing as mp
+import multiprocessing.forkserver
 import os
 import signal
 import tempfile
@@ -20,6 +22,10 @@ _PRELOAD = ["torch", "megatron.core.models.gpt", "transformers", "tests.ranks"]
 _pools: dict[int, RankPool] = {}
 
 
+#: ``prctl``'s option (linux/prctl.h): the signal that a process gets when the one that started it ends.
+_PR_SET_PDEATHSIG = 1
+
+
 class RankError(AssertionError):
     """A rank raised, died or did not answer in time."""
 
@@ -28,6 +34,10 @@ def _serve(rank: int, world: int, store_file: str, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    # Ranks are the fork server's children, and it ends when nobody holds its pipe: the tests, also killed ones, and, if
+    # they did not close it, the ranks, which would stay for ever, stopped.
+    os.close(mp.forkserver._forkserver._forkserver_alive_fd)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     # Shorter than any test's own limit: a hung collective reports itself.
@@ -96,7 +106,7 @@ class RankPool:
 
     def _signal(self, number: signal.Signals) -> None:
         for process, _ in self._ranks:
-            if process.pid is not None and process.is_alive():
+            if process.is_alive():
                 os.kill(process.pid, number)
 
     def stop(self) -> None:
