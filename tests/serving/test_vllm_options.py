@@ -64,7 +64,7 @@ def answer(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     dropped = models["dropped"]
     cases = [SMALL | options | {"model": models[options.get("model", "dropped")]} for options, _ in CASES]
     request = {"with": cases, "without": [SMALL | {"model": dropped}], "again": dropped}
-    return run_program("options_program", request, folder, environment(1), 200)
+    return run_program("options_program", request, folder, environment(1), 600)
 
 
 def test_options_are_checked_before_anything_starts(answer: dict[str, Any]) -> None:
