@@ -7,6 +7,7 @@ time-out or an error in a collective ends the whole pool, and the next call star
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import multiprocessing as mp
 import multiprocessing.forkserver
@@ -17,6 +18,8 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+import psutil
 
 _PRELOAD = ["torch", "megatron.core.models.gpt", "transformers", "tests.ranks"]
 _pools: dict[int, RankPool] = {}
@@ -110,8 +113,15 @@ class RankPool:
                 os.kill(process.pid, number)
 
     def stop(self) -> None:
+        """End the ranks, and what they have started (Megatron-core's checkpoints leave a queue's process behind)."""
+        started = []
         for process, _ in self._ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started += psutil.Process(process.pid).children(recursive=True)
             process.kill()
+        for child in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         for process, _ in self._ranks:
             process.join(5)
         _pools.pop(len(self._ranks), None)
