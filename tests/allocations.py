@@ -11,12 +11,8 @@ from typing import Any
 import torch
 
 
-def peak_bytes(work: Callable[[], Any], mapped: int = 0) -> int:
-    """The most bytes that tensors made by ``work()`` held at any one time, temporaries included.
-
-    ``mapped``: size of the file of weights, which the profiler takes for a tensor; its pages are not memory that the
-    process needs, and are not counted.
-    """
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most bytes that tensors made by ``work()`` held at any one time, temporaries included."""
     gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
@@ -30,8 +26,6 @@ def peak_bytes(work: Callable[[], Any], mapped: int = 0) -> int:
     total = peak = 0
     for _, change in changes:
         address, size = change["Addr"], change["Bytes"]
-        if size == mapped:
-            continue
         if size > 0:
             held[address] = size
             total += size

@@ -138,7 +138,7 @@ class BlockStreamer:
         if own is not None:
             return self._unit_of(schedule, own)
         if self._block != block:
-            self._release()
+            self.release()
             weights = self.weights(block)
             self._shard = shard_block(weights, self.shape.family, self.runtime.tp_rank, self.runtime.tp_size)
             self._block = block
@@ -151,8 +151,9 @@ class BlockStreamer:
             self._loaded[schedule] = block
         return unit
 
-    def _release(self) -> None:
-        """Let go of all weights, before the next block's are read: units that are not used there would keep theirs."""
+    def release(self) -> None:
+        """Let go of the block's weights, as happens before the next block's are read: units of schedules that are not
+        used there would keep theirs. The next use of a block reads it again."""
         for schedule in self._loaded:
             layer = self._units[schedule].blocks.layers[0]
             refer_to(layer, {name: p.new_empty(0) for name, p in layer.named_parameters()})

@@ -54,14 +54,20 @@ def export(
         for name in reader.outer_names():
             _add_outer(writer, reader, name, outer)
         for block in range(plan.num_layers):
-            weights = blocks(block)
-            _check_block(reader, plan, block, weights)
-            for name, tensor in weights.items():
-                dtype = _stored_dtype(reader, block, name)
-                writer.add(reader.family.block_name(block, name), tensor.to(dtype))
+            _add_block(writer, reader, plan, block, blocks(block))
         writer.close()
         copy_side_files(reader.folder, folder)
         write_spd_config(folder, spd_config(reader, plan))
+
+
+def _add_block(
+    writer: ShardWriter, reader: CheckpointReader, plan: SPDPlan, block: int, weights: Mapping[str, Tensor]
+) -> None:
+    """Write a block's final weights. (None of them is in memory any more when the next block is read.)"""
+    _check_block(reader, plan, block, weights)
+    for name, tensor in weights.items():
+        dtype = _stored_dtype(reader, block, name)
+        writer.add(reader.family.block_name(block, name), tensor.to(dtype))
 
 
 def _add_outer(

@@ -1,6 +1,6 @@
 """Hugging Face folders, plain or SPD exports: checked as a whole when opened, then read one tensor at a time.
 
-Weights are memory-mapped, so that a reader of a 70B model holds no more than the tensors it was asked for.
+A reader of a 70B model holds no more than the tensors it was asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from megatron_spd.checkpoint.safetensors_io import (
@@ -22,6 +21,7 @@ from megatron_spd.checkpoint.safetensors_io import (
     ShardWriter,
     TensorEntry,
     read_header,
+    read_tensor,
 )
 from megatron_spd.errors import CheckpointError, PlanError, UserError
 from megatron_spd.models.family import BlockSettings, ModelFamily
@@ -104,7 +104,6 @@ class CheckpointReader:
         self.plan = self._read_plan()
         self._entries = self._read_entries()
         self._check_tensors()
-        self._open_files: dict[Path, Any] = {}
         self._fingerprint = ""
 
     # ---- what it holds ----------------------------------------------------------------------------------------
@@ -214,11 +213,7 @@ class CheckpointReader:
 
     def _load(self, name: str) -> Tensor:
         """A tensor in memory of its own, unchecked."""
-        file = self._entry(name).file
-        if file not in self._open_files:
-            self._open_files[file] = safe_open(str(file), "pt")
-        # The mapped tensor shares its memory with every other read of it through the same handle.
-        return self._open_files[file].get_tensor(name).clone()
+        return read_tensor(self._entry(name))
 
     def _pieces(self, name: str) -> list[bytes]:
         """The parts of a tensor's bytes that enter the fingerprint."""

@@ -7,7 +7,6 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,11 +22,11 @@ MAX_SHARD_BYTES = 5 * 1024**3
 #: The dtypes whose tensors can be model weights here; others are quantised formats.
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 #: What is kept free for the header of a file that is being written: more than a thousand tensors fit.
 _HEADER_BYTES = 2**17
+_METADATA = '{"__metadata__":{"format":"pt"}'
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,23 @@ def _entry(file: Path, data_start: int, fields: dict) -> TensorEntry:
     return entry
 
 
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """One tensor of a dtype in ``TORCH_DTYPES``, in memory of its own.
+
+    It is read, not mapped: pages of a mapped file count as the process's, and a shard would be limited by what the
+    process may map. Raises CheckpointError if the file has become shorter since its header was read.
+    """
+    data = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.start)
+        read = stream.readinto(data.numpy().data)
+    if read != data.numel():
+        raise CheckpointError(
+            f"{entry.file} is truncated: it ends at {entry.start + read} bytes; copy it again"
+        )
+    return data.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+
 class ShardWriter:
     """Writes a model's tensors to ``folder`` in the order in which they come.
 
@@ -98,39 +114,63 @@ class ShardWriter:
     def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
-        self._file: BinaryIO | None = None
-        self._header: dict[str, Any] = {}
-        self._bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing of the next shard is written yet."""
+        self._names: list[str] = []
+        self._header = [_METADATA]
+        self._header_bytes = len(_METADATA) + 1  # and the closing brace
+        self._bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor (any device, any layout); later changes to it are not seen."""
+        """Add one tensor (any device, any layout) of a new name; later changes to it are not seen.
+
+        Raises CheckpointError for a dtype that is not in ``TORCH_DTYPES``, OSError where it cannot be written.
+        """
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise CheckpointError(
+                f"tensor {name} has dtype {tensor.dtype}; weights are stored as one of {list(_DTYPE_NAMES)}"
+            )
         stored = tensor.detach().to("cpu").contiguous()
-        fields = {"dtype": _DTYPE_NAMES[stored.dtype], "shape": list(stored.shape)}
-        grown = self._header | {name: fields | {"data_offsets": [self._bytes, self._bytes + stored.nbytes]}}
-        too_large = self._bytes + stored.nbytes > self.max_shard_bytes or len(_json(grown)) > _HEADER_BYTES
-        if self._header and too_large:
+        field = self._field(name, stored)
+        # Readers ask for tensors that start at a multiple of their element's size, and the format allows no gaps.
+        fits = (
+            self._bytes + stored.nbytes <= self.max_shard_bytes
+            and self._header_bytes + len(field) + 1 <= _HEADER_BYTES
+            and self._bytes % stored.itemsize == 0
+        )
+        if self._names and not fits:
             self._flush()
-            self.add(name, stored)
-            return
-        if self._file is None:
-            self._file = self._part(len(self._shards)).open("wb")
-            self._file.seek(8 + _HEADER_BYTES)
-        self._file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
-        self._header = grown
+            field = self._field(name, stored)
+        # Opened for each: a writer that is given up leaves no open file.
+        with self._part(len(self._shards)).open("ab") as file:
+            if not self._names:
+                file.truncate(8 + _HEADER_BYTES)
+            file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
+        self._names.append(name)
+        self._header.append(field)
+        self._header_bytes += len(field) + 1  # and a comma
         self._bytes += stored.nbytes
         self._total_bytes += stored.nbytes
 
+    def _field(self, name: str, stored: Tensor) -> str:
+        """The tensor's part of the header, if it comes next."""
+        place = [self._bytes, self._bytes + stored.nbytes]
+        fields = {"dtype": _DTYPE_NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": place}
+        return f"{json.dumps(name)}:{json.dumps(fields)}"
+
     def _flush(self) -> None:
-        if self._file is None:
-            self._file = self._part(len(self._shards)).open("wb")
-        with self._file as file:
-            file.seek(0)
+        """Write the shard's header in front of its tensors."""
+        header = (",".join(self._header) + "}").encode()
+        part = self._part(len(self._shards))
+        with part.open("r+b") as file:
             # The format allows spaces behind the header.
-            file.write(_HEADER_BYTES.to_bytes(8, "little") + _json(self._header).ljust(_HEADER_BYTES))
-        self._shards.append(list(self._header))
-        self._file, self._header, self._bytes = None, {}, 0
+            file.write(_HEADER_BYTES.to_bytes(8, "little") + header.ljust(_HEADER_BYTES))
+        self._shards.append(self._names)
+        self._begin()
 
     def _part(self, shard: int) -> Path:
         return self.folder / f"part-{shard}.safetensors"
@@ -149,7 +189,3 @@ class ShardWriter:
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
         (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-
-
-def _json(header: dict[str, Any]) -> bytes:
-    return json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()

@@ -49,7 +49,7 @@ def distill(
     ``streamer`` walks the teacher: the base model's weights. ``initial``: the weights that students start from, in
     the plan's order (default: the streamer's, which must be in that order then). ``tokens`` [n, s]. The records are
     those of :meth:`megatron_spd.distill.trainer.UnitTrainer.run`. Memory: the hidden states of ``tokens`` twice
-    (teacher and student) and once more behind a unit, two blocks, and the unit with its optimizer.
+    (teacher and student) and once more behind a unit, and the unit with its optimizer.
 
     Raises UserError for a loss that is not known, for too little text, and if hidden states are not finite.
     """
@@ -118,6 +118,9 @@ class _Walk:
                 x = self.teacher.advance(block, x)
             data = self._data(teacher, own, x)
             loss = make_loss(self.settings.loss, fisher.get(unit.stop - 1))
+            # What was streamed last makes room for the optimizer.
+            self.teacher.release()
+            self.student.release()
             trainer = UnitTrainer(
                 self.teacher.shape,
                 self.plan,

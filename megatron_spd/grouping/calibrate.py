@@ -99,17 +99,21 @@ class UnitCalibrator:
         activations are not finite."""
         results: dict[int, BlockResult] = {}
         for block, schedule in zip(unit, schedules, strict=True):
-            walks = [
-                _BlockWalk(self, block, schedule, order, name)
-                for name, order in self._head_orders(block, schedule, sample).items()
-            ]
-            states = [walk.run(sample) for walk in walks]
-            errors = {walk.name: walk.final_error for walk in walks}
-            best = min(range(len(walks)), key=lambda i: walks[i].final_error)
-            sample, results[block] = states[best], walks[best].result
-            if len(walks) > 1:
+            errors: dict[str, float] = {}
+            best: _BlockWalk | None = None
+            behind = sample
+            # One at a time, so that no more than the best and the one at hand are in memory.
+            for name, order in self._head_orders(block, schedule, sample).items():
+                walk = _BlockWalk(self, block, schedule, order, name)
+                states = walk.run(sample)
+                errors[name] = walk.final_error
+                if best is None or walk.final_error < best.final_error:
+                    best, behind = walk, states
+            assert best is not None  # the original order is always among them
+            sample, results[block] = behind, best.result
+            if len(errors) > 1:
                 results[block].errors["heads"] = errors
-                results[block].kept["heads"] = walks[best].name
+                results[block].kept["heads"] = best.name
         return results
 
     def _head_orders(

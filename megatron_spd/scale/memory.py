@@ -89,16 +89,16 @@ def calibration(setup: Setup) -> list[Part]:
 
 
 def distillation(setup: Setup) -> list[Part]:
-    """One unit with its optimizer between the streams (``distill/recipe.py``)."""
+    """One unit with its optimizer between the streams, of which no block is kept meanwhile (``distill/recipe.py``)."""
     unit = setup.unit_blocks * setup.size.block_on(setup.ranks)
     # In front of the unit and behind it, the teacher's and the student's; and joined for random access.
     streams = 4 if setup.options.inputs == "teacher" else 5 if setup.options.inputs == "student" else 6
     return [
         Part(f"{streams} streams", streams * _states(setup, setup.distill_tokens)),
-        *_block_parts(setup, 2 if streams > 4 else 1),
         Part("unit", unit * setup.itemsize),
         *_optimizer(setup, unit, unit, setup.unit_blocks * _saved(setup) + _backward(setup)),
-        Part("best state", unit * setup.itemsize, "host"),
+        # The host reads whole blocks before it has a best state to keep.
+        Part("best state", max(unit * setup.itemsize, setup.size.block * setup.size.stored_bytes), "host"),
     ]
 
 
@@ -140,12 +140,12 @@ def _states(setup: Setup, tokens: int) -> int:
     return tokens * setup.size.hidden * setup.itemsize
 
 
-def _block_parts(setup: Setup, streamers: int = 1) -> list[Part]:
+def _block_parts(setup: Setup) -> list[Part]:
     """A block as every rank reads it, and its own part of it."""
     size = setup.size
     return [
-        Part("block as stored", streamers * size.block * size.stored_bytes, "host"),
-        Part("block of this rank", streamers * size.block_on(setup.ranks) * setup.itemsize),
+        Part("block as stored", size.block * size.stored_bytes, "host"),
+        Part("block of this rank", size.block_on(setup.ranks) * setup.itemsize),
     ]
 
 
@@ -176,7 +176,8 @@ def _calibrating(setup: Setup) -> list[Part]:
     """A block in closed form, in float32, whole on every rank (``grouping/calibrate.py``)."""
     size, tokens = setup.size, setup.own_calibration_tokens
     names = setup.options.ingredient_names
-    orders = 3 if "heads" in names and size.kv_groups != setup.branches else 1
+    # Of three orders of heads the best so far and the one at hand.
+    orders = 2 if "heads" in names and size.kv_groups != setup.branches else 1
     following = setup.options.sync_points != "attention"
     mlp = size.experts * size.mlp_matrices
     states = (2 + setup.branches) * orders + 2

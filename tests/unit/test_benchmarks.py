@@ -133,20 +133,24 @@ def test_routing(tmp_path: Path) -> None:
         assert kl == pytest.approx(divergence(export, experts, 4, 24), rel=1e-4)
 
 
-@pytest.mark.timeout(320)
-def test_a_model_larger_than_its_limit_is_measured_and_exported(tmp_path: Path) -> None:
+@pytest.mark.timeout(620)
+def test_a_model_larger_than_its_limit_goes_through_every_step(tmp_path: Path) -> None:
     sizes = ["--hidden", "512", "--ffn", "2048", "--layers", "40", "--folder", str(tmp_path)]
-    limit = ["--limit", "0.16", "--beyond-libraries", "--steps", "sensitivity,export", "--whole", "--json"]
+    limit = ["--limit", "0.24", "--beyond-libraries", "--whole", "--json"]
     command = [sys.executable, str(BENCHMARKS / "memory.py"), *sizes, *limit]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["model_bytes"] > 1.8 * result["limit"]
-    assert [(s["step"], s["ok"]) for s in result["steps"]] == [
-        ("sensitivity", True),
-        ("export", True),
-        ("whole", False),
-    ]
+    assert result["model_bytes"] > 1.3 * result["limit"]
+    sensitivity, grouping, calibration, distillation, export, whole = result["steps"]
+    assert sensitivity["candidates"] == 40
+    assert sorted(grouping["kv_group_order"]) == [0, 1, 2, 3]
+    assert "original" in calibration["candidates"]["heads"]
+    assert len(calibration["candidates"]["heads"]) > 1
+    assert any("neurons" in name for name in calibration["candidates"]["mlp"])
+    assert distillation["blocks"] == [1]
+    assert export["bytes"] > result["model_bytes"]
+    assert not whole["ok"]
     assert not list(tmp_path.iterdir())
 
 

@@ -1,18 +1,19 @@
-"""A model larger than a process may be goes through every streamed step: sensitivity, calibration, one unit of
-distillation, export.
+"""A model larger than its process may be goes through every streamed step: sensitivity, head grouping, calibration of
+heads and neurons, distillation of a block, export.
 
-A synthetic checkpoint of random weights in bfloat16 is written tensor by tensor, in shards. Then each step runs in a
-process of its own whose private memory (RLIMIT_DATA: heap and private writable mappings, not files mapped for reading)
-is limited, and the most that was resident is printed. With ``--whole`` a process under the same limit also tries to
+A synthetic checkpoint of random weights in bfloat16 is written tensor by tensor, in shards. Then the steps run, each on
+what the one before has left on disk, in a process whose private memory (RLIMIT_DATA: heap, stacks and private writable
+mappings) is limited, and the most that was resident in each is printed. With ``--whole`` the same process also tries to
 load the whole model: it must fail.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,39 +34,44 @@ from megatron_spd.grouping.calibrate import Ingredients
 from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import initialize, shutdown
 from megatron_spd.sensitivity.sweep import sweep
-from megatron_spd.stages import final_weights, make_streamer, write_export
+from megatron_spd.stages import final_weights, group_plan, make_streamer, write_export
 
-BRANCHES, HEADS, VOCABULARY = 2, 8, 1024
-SEQUENCES, LENGTH = 4, 32
-STEPS = ("sensitivity", "calibration", "distillation", "export")
+BRANCHES, HEADS, KV_GROUPS, VOCABULARY = 2, 8, 4, 1024
+SEQUENCES, LENGTH = 4, 8
+#: The block whose attention point is dropped.
+BLOCK = 1
+STEPS = ("sensitivity", "grouping", "calibration", "distillation", "export")
 
 
 def main() -> int:
     args = _arguments()
-    if args.step:
-        return _step(args)
+    _small_stacks()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        folder = Path(name)
-        size = write_model(folder / "model", args.hidden, args.ffn, args.layers)
+        size = write_model(Path(name) / "model", args.hidden, args.ffn, args.layers)
+        chain = Chain(Path(name))
+        make_streamer(chain.reader, chain.runtime).unit(0)  # for what the first block that is built imports
+        gc.collect()
+        before = _status("VmRSS")
+        limit = args.limit + (_status("VmData") if args.beyond_libraries else 0)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
         print(
-            f"model: {size / 1e9:.2f} GB in {args.layers} blocks; limit: {args.limit / 1e9:.2f} GB",
+            f"model: {size / 1e9:.2f} GB in {args.layers} blocks; limit: {limit / 1e9:.2f} GB; "
+            f"resident in front of the first step: {before / 1e9:.2f} GB",
             flush=True,
         )
         steps = [*args.steps.split(","), *(["whole"] if args.whole else [])]
-        results = [_limited(folder, step, args) for step in steps]
-    for r in results:
-        state = "ok" if r["ok"] else f"failed: {r['error']}"
-        print(f"{r['step']:<13} {r['peak_rss'] / 1e9:6.2f} GB resident  {r['seconds']:6.0f} s  {state}")
+        results = [_measured(step, getattr(chain, step)) for step in steps]
+        shutdown()
     if args.json:
-        print(json.dumps({"model_bytes": size, "limit": args.limit, "steps": results}))
+        print(json.dumps({"model_bytes": size, "limit": args.limit, "before": before, "steps": results}))
     return 0 if all(r["ok"] == (r["step"] != "whole") for r in results) else 1
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--ffn", type=int, default=8192)
-    parser.add_argument("--layers", type=int, default=50)
+    parser.add_argument("--hidden", type=int, default=1536)
+    parser.add_argument("--ffn", type=int, default=6144)
+    parser.add_argument("--layers", type=int, default=86)
     parser.add_argument(
         "--limit", type=lambda g: int(float(g) * 1e9), default=int(2e9), help="GB (default 2)"
     )
@@ -76,10 +82,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--beyond-libraries",
         action="store_true",
-        help="the limit is on top of what imported libraries have taken",
+        help="the limit is on top of what the process has taken in front of the first step",
     )
-    parser.add_argument("--step", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _small_stacks() -> None:
+    """1 MB for the stack of a thread from now on: a stack counts whole, and gloo has sixty threads that use little."""
+    libc, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_attr_init(attributes)
+    libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(2**20))
+    libc.pthread_setattr_default_np(attributes)
 
 
 def write_model(folder: Path, hidden: int, ffn: int, layers: int) -> int:
@@ -91,7 +104,7 @@ def write_model(folder: Path, hidden: int, ffn: int, layers: int) -> int:
         "intermediate_size": ffn,
         "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
-        "num_key_value_heads": BRANCHES,
+        "num_key_value_heads": KV_GROUPS,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
@@ -100,7 +113,7 @@ def write_model(folder: Path, hidden: int, ffn: int, layers: int) -> int:
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    kv = hidden // HEADS * BRANCHES
+    kv = hidden // HEADS * KV_GROUPS
     block = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (hidden, hidden),
@@ -129,83 +142,85 @@ def write_model(folder: Path, hidden: int, ffn: int, layers: int) -> int:
     return total
 
 
-def _limited(folder: Path, step: str, args: argparse.Namespace) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        __file__,
-        "--folder",
-        str(folder),
-        "--step",
-        step,
-        "--limit",
-        str(args.limit / 1e9),
-    ]
-    command += ["--beyond-libraries"] if args.beyond_libraries else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        return {"step": step, "ok": False, "error": done.stderr[-300:], "peak_rss": 0, "seconds": 0.0}
-    return dict(json.loads(lines[-1]))
+class Chain:
+    """The steps for the model ``folder``/model: each returns what shows that it did its work."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.runtime = folder, initialize(1)
+        self.reader = CheckpointReader(folder / "model")
+        generator = torch.Generator().manual_seed(1)
+        self.tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
+        plan = SPDPlan.dense(self.reader.base_model(), BRANCHES).with_drops([2 * BLOCK])
+        self.plan = plan.with_block(BLOCK, recovery="grouped+b2b")
+
+    def sensitivity(self) -> dict[str, Any]:
+        found = sweep(
+            make_streamer(self.reader, self.runtime), self.tokens[:2], BRANCHES, "algorithm1", "attention"
+        )
+        return {"candidates": len(found["algorithm1"])}
+
+    def grouping(self) -> dict[str, Any]:
+        """As published: heads alone."""
+        plan = self.plan.with_block(BLOCK, recovery="hg+b2b")
+        grouped = group_plan(make_streamer(self.reader, self.runtime), plan, self.tokens)
+        return {"kv_group_order": grouped.blocks[BLOCK].kv_group_order}
+
+    def calibration(self) -> dict[str, Any]:
+        """Heads together with neurons, and a shift."""
+        self.plan, (record,) = calibrate_into(
+            make_streamer(self.reader, self.runtime),
+            self.plan,
+            self.tokens,
+            Ingredients(refit=False, norm=False),
+            self.folder / "calibrated",
+        )
+        return {"candidates": {what: list(errors) for what, errors in record["errors"].items()}}
+
+    def distillation(self) -> dict[str, Any]:
+        (record,) = distill(
+            make_streamer(self.reader, self.runtime, micro_batch=1),
+            self.plan,
+            self.tokens,
+            DistillSettings(EngineSettings(1e-4, 1, 1, 1.0, 0.0, 0.05, 0, "fp32"), 1),
+            UnitStore(self.folder / "distilled", "", self.runtime),
+            Tracker("none", self.folder),
+            final_weights(self.reader, self.plan, calibrated=self.folder / "calibrated"),
+        )
+        return {"blocks": record["blocks"], "kept": record["kept"]}
+
+    def export(self) -> dict[str, Any]:
+        weights = final_weights(self.reader, self.plan, self.folder / "distilled", self.folder / "calibrated")
+        write_export(self.reader, self.runtime, self.plan, weights, self.folder / "export")
+        files = (self.folder / "export").glob("*.safetensors")
+        return {"bytes": sum(file.stat().st_size for file in files)}
+
+    def whole(self) -> dict[str, Any]:
+        return {"tensors": len([self.reader.get(name) for name in self.reader.names()])}
 
 
-def _step(args: argparse.Namespace) -> int:
-    """One step in this process, under the limit, which the libraries that it has loaded count in too."""
-    folder, started = Path(args.folder), time.monotonic()
-    limit = args.limit + (_status("VmData") if args.beyond_libraries else 0)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    error = ""
+def _measured(name: str, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What became of a step: ``peak_rss`` in bytes, ``seconds``, and what it returned or the error."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
+    result, started = {"step": name, "ok": True}, time.monotonic()
     try:
-        {"whole": _whole}.get(args.step, lambda f: _run(args.step, f))(folder)
+        result |= step()
     except (MemoryError, RuntimeError, OSError) as caught:
-        error = f"{type(caught).__name__}: {str(caught).splitlines()[0][:150]}"
-    result = {"step": args.step, "ok": not error, "error": error, "seconds": time.monotonic() - started}
-    result["peak_rss"] = _status("VmHWM")
-    print(json.dumps(result), flush=True)
-    return 0
+        # Its frames would keep what they hold.
+        result |= {"ok": False, "error": f"{type(caught).__name__}: {str(caught).splitlines()[0][:150]}"}
+    result |= {"seconds": time.monotonic() - started, "peak_rss": _status("VmHWM")}
+    state = "ok" if result["ok"] else f"failed: {result['error']}"
+    print(
+        f"{name:<13} {result['peak_rss'] / 1e9:6.2f} GB resident  {result['seconds']:6.0f} s  {state}",
+        flush=True,
+    )
+    return result
 
 
 def _status(name: str) -> int:
     """A figure of /proc/self/status, in bytes."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(status[name].split()[0])
-
-
-def _whole(folder: Path) -> None:
-    reader = CheckpointReader(folder / "model")
-    held = [reader.get(name) for name in reader.names()]
-    print(len(held))
-
-
-def _run(step: str, folder: Path) -> None:
-    reader, runtime = CheckpointReader(folder / "model"), initialize(1)
-    tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
-    plan = SPDPlan.dense(reader.base_model(), BRANCHES).with_drops([2]).with_block(1, recovery="grouped+b2b")
-    steps: dict[str, Callable[[], Any]] = {
-        "sensitivity": lambda: sweep(
-            make_streamer(reader, runtime), tokens, BRANCHES, "algorithm1", "attention"
-        ),
-        "calibration": lambda: calibrate_into(
-            make_streamer(reader, runtime),
-            plan,
-            tokens,
-            Ingredients(refit=False, norm=False),
-            folder / "calibrated",
-        ),
-        "distillation": lambda: distill(
-            make_streamer(reader, runtime, dtype="bf16", micro_batch=1),
-            plan,
-            tokens,
-            DistillSettings(EngineSettings(1e-4, 1, 1, 1.0, 0.0, 0.05, 1, "bf16"), 1),
-            UnitStore(folder / "distilled", "", runtime),
-            Tracker("none", folder),
-            final_weights(reader, plan),
-        ),
-        "export": lambda: write_export(
-            reader, runtime, plan, final_weights(reader, plan, folder / "distilled"), folder / "export"
-        ),
-    }
-    steps[step]()
-    shutdown()
 
 
 if __name__ == "__main__":

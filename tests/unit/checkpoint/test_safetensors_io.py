@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megatron_spd.checkpoint.safetensors_io import ShardWriter, read_header
-from megatron_spd.errors import UserError
+from megatron_spd.checkpoint import safetensors_io
+from megatron_spd.checkpoint.safetensors_io import ShardWriter, read_header, read_tensor
+from megatron_spd.errors import CheckpointError, UserError
 from tests.disk import small_disk
 
 
@@ -61,6 +62,61 @@ def test_views_and_later_changes(tmp_path: Path) -> None:
     found = read_all(tmp_path)
     assert torch.equal(found["rows"], expected[:2])
     assert torch.equal(found["transposed"], expected.T)
+
+
+def test_any_reader_finds_every_dtype_shape_and_name(tmp_path: Path) -> None:
+    """Among them an odd number of bfloat16 in front of float32, a scalar, no values, and names that JSON escapes."""
+    given = {
+        "odd": torch.arange(3, dtype=torch.bfloat16),
+        "float32": torch.arange(4.0),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        'a "quoted" name, ä': torch.ones(2, 3, dtype=torch.float16),
+        "empty": torch.empty(0, 4),
+    }
+    writer = ShardWriter(tmp_path)
+    for name, tensor in given.items():
+        writer.add(name, tensor)
+    writer.close()
+    mine = {
+        name: read_tensor(entry)
+        for file in tmp_path.glob("*.safetensors")
+        for name, entry in read_header(file).items()
+    }
+    for found in (read_all(tmp_path), mine):
+        assert found.keys() == given.keys()
+        for name, tensor in given.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+
+
+def test_a_full_header_starts_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_io, "_HEADER_BYTES", 256)
+    writer = ShardWriter(tmp_path)
+    for name, tensor in tensors().items():
+        writer.add(name, tensor)
+    writer.close()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2  # entries take some seventy bytes
+    found = read_all(tmp_path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors().items())
+
+
+def test_other_dtypes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"tensor mask has dtype torch\.int64; weights are stored as one of"
+    ):
+        ShardWriter(tmp_path).add("mask", torch.ones(2, dtype=torch.int64))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_became_shorter(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path)
+    writer.add("t", torch.ones(100))
+    writer.close()
+    entry = read_header(tmp_path / "model.safetensors")["t"]
+    with entry.file.open("r+b") as file:
+        file.truncate(entry.end - 8)
+    with pytest.raises(CheckpointError, match="is truncated: it ends at"):
+        read_tensor(entry)
 
 
 def test_files_can_be_read_by_others(tmp_path: Path) -> None:
