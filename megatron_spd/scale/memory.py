@@ -34,16 +34,8 @@ class Part:
 
 def stage_memory(setup: Setup) -> dict[str, list[Part]]:
     """The parts of every stage of ``run`` under ``setup``, by the stage's name, in order."""
-    stages = {"sensitivity": sensitivity(setup)}
-    if setup.options.sets_to_measure:
-        stages["search"] = search(setup)
-    if setup.options.grouped:
-        stages["calibration"] = calibration(setup)
-    if setup.trains:
-        stages["distillation"] = distillation(setup)
-    if setup.finishing is not None:
-        stages["finishing"] = finishing(setup)
-    return stages | {"export": export(setup)}
+    known = (sensitivity, search, calibration, distillation, finishing, export)
+    return {stage.__name__: stage(setup) for stage in known if stage.__name__ in setup.stages}
 
 
 def sensitivity(setup: Setup) -> list[Part]:

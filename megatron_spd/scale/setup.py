@@ -127,6 +127,17 @@ class Setup:
 
     # ---- what is done -----------------------------------------------------------------------------------------
 
+    @property
+    def stages(self) -> list[str]:
+        """The stages that ``run`` goes through, in order."""
+        asked = {
+            "search": self.options.sets_to_measure,
+            "calibration": self.options.grouped,
+            "distillation": self.trains,
+            "finishing": self.finishing is not None,
+        }
+        return ["sensitivity", *(stage for stage, wanted in asked.items() if wanted), "export"]
+
     @cached_property
     def training(self) -> TrainingSettings:
         return distill_settings(self.options, None)

@@ -41,16 +41,8 @@ class Work:
 
 def stage_work(setup: Setup) -> dict[str, Work]:
     """The work of every stage of ``run``, by the names of ``memory.stage_memory``."""
-    stages = {"sensitivity": sensitivity(setup)}
-    if setup.options.sets_to_measure:
-        stages["search"] = search(setup)
-    if setup.options.grouped:
-        stages["calibration"] = calibration(setup)
-    if setup.trains:
-        stages["distillation"] = distillation(setup)
-    if setup.finishing is not None:
-        stages["finishing"] = finishing(setup)
-    return stages | {"export": export(setup)}
+    known = (sensitivity, search, calibration, distillation, finishing, export)
+    return {stage.__name__: stage(setup) for stage in known if stage.__name__ in setup.stages}
 
 
 def sensitivity(setup: Setup) -> Work:
