@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_spd.checkpoint.safetensors_io import read_header, read_tensor
 from megatron_spd.errors import UserError
 from megatron_spd.files import write_atomic, write_text_atomic
 from megatron_spd.plan import SPDPlan
@@ -170,7 +170,6 @@ def distilled_block(folder: Path, block: int) -> dict[str, Tensor] | None:
 
 
 def _read_block(path: Path, block: int) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        prefix = f"{block}:"
-        names = [n for n in file.keys() if n.startswith(prefix)]  # noqa: SIM118 (not a dict)
-        return {n.removeprefix(prefix): file.get_tensor(n) for n in names}
+    prefix = f"{block}:"
+    entries = read_header(path)
+    return {n.removeprefix(prefix): read_tensor(e) for n, e in entries.items() if n.startswith(prefix)}

@@ -69,9 +69,9 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--hidden", type=int, default=1536)
-    parser.add_argument("--ffn", type=int, default=6144)
-    parser.add_argument("--layers", type=int, default=86)
+    parser.add_argument("--hidden", type=int, default=1408)
+    parser.add_argument("--ffn", type=int, default=5632)
+    parser.add_argument("--layers", type=int, default=102)
     parser.add_argument(
         "--limit", type=lambda g: int(float(g) * 1e9), default=int(2e9), help="GB (default 2)"
     )
@@ -201,6 +201,7 @@ class Chain:
 def _measured(name: str, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What became of a step: ``peak_rss`` in bytes, ``seconds``, and what it returned or the error."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the step before has freed is not this one's
     Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
     result, started = {"step": name, "ok": True}, time.monotonic()
     try:
