@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_spd.distill.engine import EngineSettings, deepspeed_config, make_engine
+from megatron_spd.distill.engine import EngineSettings, deepspeed_config, end_engine, make_engine
 from megatron_spd.finetune.checkpoint import FinetuneCheckpoints, Progress, prepare_for_universal
 from megatron_spd.finetune.loss import NextTokenLoss
 from megatron_spd.finetune.script import FinetuneOptions, Session, run_script
@@ -44,12 +44,15 @@ def finetune(arguments: Sequence[str]) -> dict[str, Any]:
     config = deepspeed_config(settings_of(options, session), options.steps)
     checkpoints = checkpoints_of(options, session, config)
     engine = make_engine(module, checkpoints.adapt(config))
-    progress = checkpoints.resume(engine) or Progress(held_out_loss(engine, session))
-    for batch in session.batches[len(progress.losses) :]:
-        progress.losses.append(step(engine, batch, options.micro_batch_size, session))
-        checkpoints.save_if_due(engine, progress)
-    before, after = progress.loss_before, held_out_loss(engine, session)
-    session.export(options.out, options.facts("deepspeed", before, after))
+    try:
+        progress = checkpoints.resume(engine) or Progress(held_out_loss(engine, session))
+        for batch in session.batches[len(progress.losses) :]:
+            progress.losses.append(step(engine, batch, options.micro_batch_size, session))
+            checkpoints.save_if_due(engine, progress)
+        before, after = progress.loss_before, held_out_loss(engine, session)
+        session.export(options.out, options.facts("deepspeed", before, after))
+    finally:
+        end_engine(engine)
     return {"losses": progress.losses, "loss_before": before, "loss_after": after, "out": options.out}
 
 

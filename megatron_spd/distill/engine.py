@@ -205,3 +205,12 @@ def make_engine(student: nn.Module, config: dict[str, Any]) -> Any:
         # DeepSpeed's schedulers begin one step before their first, at a rate of zero.
         engine.lr_scheduler.step()
     return engine
+
+
+def end_engine(engine: Any) -> None:
+    """Let go of ``engine``, and give PyTorch back what DeepSpeed replaced in it: the linear function of ZeRO-3, which
+    keeps no gathered weights for the backward pass, has no forward-mode derivatives (calibration asks for them)."""
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replaced
+
+    engine.destroy()
+    nn.functional.linear = getattr(Replaced, "linear_bk", nn.functional.linear)

@@ -27,7 +27,7 @@ from megatron_spd.calibration.stream import BlockStreamer, BlockWeights
 from megatron_spd.comm.all_reduce import all_reduce
 from megatron_spd.distill.batches import example_order, replica_batches
 from megatron_spd.distill.checkpoints import Checkpoints
-from megatron_spd.distill.engine import deepspeed_config, make_engine, use_outside
+from megatron_spd.distill.engine import deepspeed_config, end_engine, make_engine, use_outside
 from megatron_spd.distill.gather import full_block
 from megatron_spd.distill.kl import vocabulary_parallel_kl
 from megatron_spd.distill.loop import BestState, TrainingLoop
@@ -231,7 +231,7 @@ class _Pass:
         best.restore()
         if best.step:
             self._save_blocks(store)
-        engine.destroy()
+        end_engine(engine)
         checkpoints.remove()
         gc.collect()
         return {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_spd.calibration.stream import BlockWeights
 from megatron_spd.distill.batches import example_order, replica_batches
-from megatron_spd.distill.engine import deepspeed_config, make_engine
+from megatron_spd.distill.engine import deepspeed_config, end_engine, make_engine
 from megatron_spd.distill.gather import full_block
 from megatron_spd.distill.loop import BestState, TrainingLoop
 from megatron_spd.distill.losses import Loss
@@ -160,7 +160,7 @@ class UnitTrainer:
     def close(self) -> None:
         """Free the engine's memory before the next unit is built."""
         if self.engine is not None:
-            self.engine.destroy()
+            end_engine(self.engine)
         self.engine = None
         self.student = None  # type: ignore[assignment]
         gc.collect()

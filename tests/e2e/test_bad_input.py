@@ -222,7 +222,7 @@ CASES: list[tuple[str, Mistake, str]] = [
         (c, option("--deepspeed_config", "nowhere"), "no DeepSpeed config at nowhere")
         for c in ("distill", "run")
     ],
-    ("distill", new_file("--deepspeed_config", '{"zero_optimization": {"stage": 3}}'), "ZeRO stage 3"),
+    ("distill", new_file("--deepspeed_config", '{"zero_optimization": {"stage": 4}}'), "ZeRO stage 4"),
 ]
 
 
