@@ -78,6 +78,7 @@ def wait_until(condition: Callable[[], bool], limit: float, otherwise: str) -> N
         time.sleep(0.05)
 
 
+@pytest.mark.timeout(600)  # ranks that start on a busy machine
 def test_bench_on_links_of_two_speeds(tmp_path: Path) -> None:
     # Messages of 64 x 192 x 4 = 49 kB: at 50 Mbit/s each all-reduce takes 8 ms, far more than its fixed cost.
     folder = make_llama(tmp_path / "m", hidden=192, heads=4, kv=2, ffn=96)

@@ -32,7 +32,7 @@ def pieces(world: Path) -> list[object]:
 def test_the_papers_recovery_without_head_grouping(world: Path, tmp_path: Path) -> None:
     """Every tier ESB and above is distilled; that heads are not grouped is on record; the export keeps the routing."""
     training = ["--epochs", 1, "--micro-batch-size", 1, "--tracking", "none"]
-    tiers = ["--sync-points", "attention", "--drop-ratio", 1, "--tau1", -10, "--tau2", -9]
+    tiers = ["--sync-points", "attention", "--drop-ratio", 1, "--tau1", -1e6, "--tau2", -1e5]
     run = ["run", *pieces(world), *BRANCHES, *training, *tiers, "--recovery", "paper", "--routing", "first"]
     answer(*run, "--out", tmp_path / "run", "--eval-sequences", 2, "--distill-sequences", 3)
     plan = CheckpointReader(tmp_path / "run" / "export").plan

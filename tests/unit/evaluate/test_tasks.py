@@ -35,6 +35,10 @@ def log_likelihood(
 def test_plain_and_spd_models_are_scored_by_what_they_compute(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # lm-eval imports it, and its first import in a process says on standard output which accelerator it found.
+    import deepspeed  # noqa: F401
+
+    capsys.readouterr()
     base = make_llama(tmp_path / "base")
     tokenizer = CheckpointReader(base).tokenizer()
     tasks = load_tasks(["spd_continuation", "spd_next_word"])
