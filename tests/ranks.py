@@ -142,6 +142,7 @@ def run_ranks(
 
 
 @atexit.register
-def _stop_all() -> None:
+def stop_pools() -> None:
+    """End all ranks that wait for another function, and give their memory back."""
     for pool in list(_pools.values()):
         pool.stop()
