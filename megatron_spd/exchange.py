@@ -21,18 +21,12 @@ from torch import Tensor
 from megatron_spd.checkpoint.dist_model import megatron_parameter
 from megatron_spd.checkpoint.hf import CheckpointReader, read_config
 from megatron_spd.checkpoint.megatron import MegatronReader
-from megatron_spd.checkpoint.megatron_names import (
-    EMBEDDING,
-    FINAL_NORM,
-    FIRST_ROWS,
-    OUTPUT_LAYER,
-    POSITIONS,
-    layer_name,
-)
+from megatron_spd.checkpoint.megatron_names import FIRST_ROWS, layer_name
 from megatron_spd.checkpoint.view import ModelView, view_of
 from megatron_spd.converting import write_folder
 from megatron_spd.errors import CheckpointError, UserError
 from megatron_spd.models.build import ModelShape, transformer_config
+from megatron_spd.models.family import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, OUTPUT_LAYER, POSITIONS
 from megatron_spd.runtime.distributed import initialize, shutdown
 
 #: Entries of a layer's message and the parameters of the layer; a gated MLP's first linear comes in two halves.
@@ -53,7 +47,7 @@ _HALVES = ("W", "V")
 _SPD = "spd "
 _OTHER_MESSAGES = {
     "embeddings": {"word embeddings": EMBEDDING, "position embeddings": POSITIONS},
-    "final norm": {"weight": FINAL_NORM, "bias": FINAL_NORM.replace("weight", "bias")},
+    "final norm": {"weight": FINAL_NORM, "bias": FINAL_NORM_BIAS},
     "output layer": {"weight": OUTPUT_LAYER},
 }
 #: What Megatron-LM numbers the first training step; its savers know no step 0.

@@ -142,7 +142,7 @@ class DistStore:
         for index, place in self._metadata.storage_data.items():
             stored = self._metadata.state_dict_metadata.get(index.fqn)
             if isinstance(stored, BytesStorageMetadata) and not index.fqn.startswith(_OTHER_STATE):
-                check_object(*_content(self.folder, place))
+                check_object(*_content(self.folder, place, index.fqn))
         if (self.folder / COMMON_FILE).exists():
             load_state(self.folder / COMMON_FILE)
 
@@ -254,11 +254,17 @@ def _places(tensors: Mapping[str, TensorStorageMetadata]) -> dict[str, list[_Pla
     return {name: sorted(found, key=lambda p: p.key.endswith("_v")) for name, found in places.items()}
 
 
-def _content(folder: Path, place: Any) -> tuple[Path, bytes]:
-    """The file that holds an object, and its bytes; fewer than there should be where they are not there."""
-    file = folder / place.relative_path
+def _piece_file(folder: Path, place: Any, key: str) -> Path:
+    """The file of ``folder`` in which a piece of ``key`` lies. Raises CheckpointError where there is none."""
+    file: Path = folder / place.relative_path
     if file.parent != folder or not file.is_file():
-        raise CheckpointError(f"{folder} lacks {place.relative_path}; copy it there")
+        raise CheckpointError(f"{folder} lacks {place.relative_path}, which holds {key}; copy it there")
+    return file
+
+
+def _content(folder: Path, place: Any, key: str) -> tuple[Path, bytes]:
+    """The file that holds the object ``key``, and its bytes; fewer than there should be where they are not there."""
+    file = _piece_file(folder, place, key)
     with file.open("rb") as stream:
         stream.seek(place.offset)
         return file, stream.read(place.length)
@@ -286,11 +292,7 @@ def _check_pieces(folder: Path, metadata: Metadata, tensors: Mapping[str, Tensor
             )
         for chunk in stored.chunks:
             place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-            file = folder / place.relative_path
-            if file.parent != folder or not file.is_file():
-                raise CheckpointError(
-                    f"{folder} lacks {place.relative_path}, which holds {key}; copy it there"
-                )
+            file = _piece_file(folder, place, key)
             size = sizes.setdefault(place.relative_path, file.stat().st_size)
             if place.offset + place.length > size:
                 raise CheckpointError(

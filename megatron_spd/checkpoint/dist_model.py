@@ -27,11 +27,12 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_spd.checkpoint.dist import DistStore, Stacked, write_dist
 from megatron_spd.checkpoint.folders import atomic_folder, copy_side_files
 from megatron_spd.checkpoint.megatron import SOURCE_FILE, MegatronReader
-from megatron_spd.checkpoint.megatron_names import FIRST_ROWS, POSITIONS, canonical, split_layer_name
+from megatron_spd.checkpoint.megatron_names import FIRST_ROWS, canonical, split_layer_name
 from megatron_spd.checkpoint.megatron_store import TRACKER, find_checkpoint, is_dist
 from megatron_spd.checkpoint.view import ModelView, stored_plan
 from megatron_spd.errors import CheckpointError, PlanError
 from megatron_spd.models.build import ModelShape, build_gpt_model
+from megatron_spd.models.family import POSITIONS
 from megatron_spd.models.weights import to_megatron
 from megatron_spd.plan import SPDPlan
 from megatron_spd.runtime.distributed import Runtime

@@ -24,7 +24,7 @@ from megatron_spd.checkpoint.safetensors_io import (
     read_tensor,
 )
 from megatron_spd.errors import CheckpointError, PlanError, UserError
-from megatron_spd.models.family import BlockSettings, ModelFamily
+from megatron_spd.models.family import POSITIONS, BlockSettings, ModelFamily
 from megatron_spd.models.norm import Norm
 from megatron_spd.models.registry import family_of
 from megatron_spd.models.tables import HFTensor
@@ -339,15 +339,15 @@ class CheckpointReader:
     def _outer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that belongs to no block, those in front of the blocks first."""
         family, vocabulary = self.family, self._positive("vocab_size")
-        shapes: dict[str, tuple[int, ...]] = {family.embedding: (vocabulary, self.hidden_size)}
-        if family.positions is not None:
-            rows = self._positive("max_position_embeddings") + family.positions.offset
-            shapes[family.positions.name] = (rows, self.hidden_size)
-        shapes[family.final_norm] = (self.hidden_size,)
-        if family.final_norm_bias is not None:
-            shapes[family.final_norm_bias] = (self.hidden_size,)
-        if not self.tied:
-            shapes[family.output_layer] = (vocabulary, self.hidden_size)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for entry in family.outer_tensors(self.tied):
+            if entry.vocabulary:
+                shapes[entry.name] = (vocabulary, self.hidden_size)
+            elif entry.parameter == POSITIONS:
+                rows = self._positive("max_position_embeddings") + entry.offset
+                shapes[entry.name] = (rows, self.hidden_size)
+            else:
+                shapes[entry.name] = (self.hidden_size,)
         return shapes
 
     def _check_tensors(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_spd.checkpoint.dist import DistStore
 from megatron_spd.checkpoint.hf import CheckpointReader, read_config, sampled
 from megatron_spd.checkpoint.legacy import LegacyStore
-from megatron_spd.checkpoint.megatron_names import FIRST_ROWS, OUTPUT_LAYER, layer_name
+from megatron_spd.checkpoint.megatron_names import FIRST_ROWS, layer_name
 from megatron_spd.checkpoint.megatron_store import (
     TRACKER,
     ParameterStore,
@@ -23,14 +23,13 @@ from megatron_spd.checkpoint.megatron_store import (
     is_dist,
     is_legacy,
 )
-from megatron_spd.checkpoint.safetensors_io import TORCH_DTYPES, TensorEntry, has_weights
+from megatron_spd.checkpoint.safetensors_io import DTYPE_NAMES, TensorEntry, has_weights
 from megatron_spd.errors import CheckpointError
-from megatron_spd.models.family import OuterTensor
+from megatron_spd.models.family import OUTPUT_LAYER, OuterTensor
 from megatron_spd.models.weights import from_megatron, unshard_block
 
 #: Written beside the weights: the fingerprint that they had.
 SOURCE_FILE = "megatron_spd.json"
-_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 #: What modules keep beside parameters.
 _NO_PARAMETERS = ("_extra_state", "rotary_pos_emb.inv_freq")
 
@@ -197,7 +196,7 @@ class MegatronReader(CheckpointReader):
                 )
 
     def _as_entry(self, like: Tensor) -> TensorEntry:
-        dtype = _DTYPE_NAMES.get(like.dtype, str(like.dtype))
+        dtype = DTYPE_NAMES.get(like.dtype, str(like.dtype))
         return TensorEntry(self.store.folder, dtype, tuple(like.shape), 0, like.nbytes)
 
 

@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import re
 
-EMBEDDING = "embedding.word_embeddings.weight"
-FINAL_NORM = "decoder.final_layernorm.weight"
-OUTPUT_LAYER = "output_layer.weight"
-POSITIONS = "embedding.position_embeddings.weight"
 #: The rows of a family's table of positions that Megatron-core's lacks: a tensor of our own, which it passes over.
 FIRST_ROWS = "megatron_spd.embedding.position_embeddings.first_rows"
 

@@ -22,7 +22,7 @@ MAX_SHARD_BYTES = 5 * 1024**3
 #: The dtypes whose tensors can be model weights here; others are quantised formats.
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 #: What is kept free for the header of a file that is being written: more than a thousand tensors fit.
 _HEADER_BYTES = 2**17
@@ -130,9 +130,9 @@ class ShardWriter:
 
         Raises CheckpointError for a dtype that is not in ``TORCH_DTYPES``, OSError where it cannot be written.
         """
-        if tensor.dtype not in _DTYPE_NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise CheckpointError(
-                f"tensor {name} has dtype {tensor.dtype}; weights are stored as one of {list(_DTYPE_NAMES)}"
+                f"tensor {name} has dtype {tensor.dtype}; weights are stored as one of {list(DTYPE_NAMES)}"
             )
         stored = tensor.detach().to("cpu").contiguous()
         field = self._field(name, stored)
@@ -159,7 +159,7 @@ class ShardWriter:
     def _field(self, name: str, stored: Tensor) -> str:
         """The tensor's part of the header, if it comes next."""
         place = [self._bytes, self._bytes + stored.nbytes]
-        fields = {"dtype": _DTYPE_NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": place}
+        fields = {"dtype": DTYPE_NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": place}
         return f"{json.dumps(name)}:{json.dumps(fields)}"
 
     def _flush(self) -> None:

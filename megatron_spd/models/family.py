@@ -27,6 +27,12 @@ from megatron_spd.plan import BlockPlan
 
 Activation = Literal["silu", "relu"]
 
+#: Parameters of a GPTModel that belong to no block.
+EMBEDDING = "embedding.word_embeddings.weight"
+POSITIONS = "embedding.position_embeddings.weight"
+FINAL_NORM, FINAL_NORM_BIAS = "decoder.final_layernorm.weight", "decoder.final_layernorm.bias"
+OUTPUT_LAYER = "output_layer.weight"
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -127,15 +133,14 @@ class ModelFamily:
 
     def outer_tensors(self, tied: bool) -> list[OuterTensor]:
         """What belongs to no block; ``tied``: the output layer is the embedding."""
-        tensors = [OuterTensor(self.embedding, "embedding.word_embeddings.weight", vocabulary=True)]
+        tensors = [OuterTensor(self.embedding, EMBEDDING, vocabulary=True)]
         if self.positions is not None:
-            table = "embedding.position_embeddings.weight"
-            tensors.append(OuterTensor(self.positions.name, table, offset=self.positions.offset))
-        tensors.append(OuterTensor(self.final_norm, "decoder.final_layernorm.weight"))
+            tensors.append(OuterTensor(self.positions.name, POSITIONS, offset=self.positions.offset))
+        tensors.append(OuterTensor(self.final_norm, FINAL_NORM))
         if self.final_norm_bias is not None:
-            tensors.append(OuterTensor(self.final_norm_bias, "decoder.final_layernorm.bias"))
+            tensors.append(OuterTensor(self.final_norm_bias, FINAL_NORM_BIAS))
         if not tied:
-            tensors.append(OuterTensor(self.output_layer, "output_layer.weight", vocabulary=True))
+            tensors.append(OuterTensor(self.output_layer, OUTPUT_LAYER, vocabulary=True))
         return tensors
 
     def block_tensors(self, settings: BlockSettings) -> list[HFTensor]:
